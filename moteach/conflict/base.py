@@ -1,0 +1,132 @@
+"""What a conflict resolver is: a *pool* that turns the distributions of several teachers into one target.
+
+Writing one takes a class with `name`, `supports`, `needs`, `streams`, `accumulator` and `resolve_sampled`. A target is
+a constant of the optimisation: no gradient flows into it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from moteach.errors import RoutingError
+from moteach.types import Support
+
+SUM_TOLERANCE = 5e-3
+"""How far the weights of a token may be from summing to one: rounding in bfloat16, not a forgotten teacher."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Target:
+    """The one distribution that the student is compared with."""
+
+    logprobs: Float[Tensor, "*token vocab"]
+    """Normalised over the vocabulary."""
+    token_weight: Float[Tensor, "*token"] | None
+    """Factor on the loss of each token, for pools that trust some tokens less; None stands for one."""
+    neg_log_z: Float[Tensor, "*token"]
+    """-log of the normaliser of the pool, in nats: how much the teachers disagree; zero for pools without one."""
+
+
+@runtime_checkable
+class Accumulator(Protocol):
+    """Takes the teachers of a chunk of tokens one at a time."""
+
+    def add(self, teacher_logprobs: Float[Tensor, "token vocab"], weights: Float[Tensor, " token"]) -> None:
+        """Adds one teacher.
+
+        The accumulator owns `teacher_logprobs` from here on and may overwrite it: give it a copy to keep yours.
+        A weight of zero means that this teacher says nothing about that token, whatever its logprobs are.
+        """
+
+    def finish(self) -> Target:
+        """Returns the target of the chunk; called once, after at least one `add`."""
+
+
+@runtime_checkable
+class Resolver(Protocol):
+    """A pool of teacher distributions. Weights are non-negative and sum to one for each token."""
+
+    @property
+    def name(self) -> str:
+        """The name it has in `conf/conflict`."""
+
+    @property
+    def supports(self) -> frozenset[Support]:
+        """The supports on which it is defined; its docstring says in which sense."""
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What `accumulator` must be given beside the teachers, for instance `student_logprobs`."""
+
+    @property
+    def streams(self) -> bool:
+        """Whether an accumulator holds one distribution, however many teachers are added."""
+
+    def accumulator(self, **context: Tensor) -> Accumulator:
+        """Starts the pool of one chunk of tokens; `context` holds what `needs` names, not to be modified."""
+
+    def resolve_sampled(
+        self, sampled_logprobs: Float[Tensor, "packed teacher"], weights: Float[Tensor, "packed teacher"]
+    ) -> Float[Tensor, " packed"]:
+        """Returns the pooled logprob of the token the student wrote, from what each teacher gives it."""
+
+
+def resolve(
+    resolver: Resolver,
+    teacher_logprobs: Float[Tensor, "teacher *token vocab"],
+    weights: Float[Tensor, "*token teacher"],
+    **context: Float[Tensor, "*token vocab"],
+) -> Target:
+    """Pools plain tensors; the library entry point.
+
+    Args:
+        resolver: The pool.
+        teacher_logprobs: Normalised logprobs of each teacher; not modified.
+        weights: Weight of each teacher at each token, non-negative, summing to one.
+        **context: What `resolver.needs` names.
+
+    Returns:
+        The target, detached, with the token axes of the input.
+
+    Raises:
+        RoutingError: The weights of some token are negative, not finite, or do not sum to one.
+    """
+    check_weights(weights)
+    shape, vocab = teacher_logprobs.shape[1:-1], teacher_logprobs.shape[-1]
+    flat_weights = weights.reshape(-1, weights.shape[-1])
+    with torch.no_grad():
+        pool = resolver.accumulator(**{name: value.reshape(-1, vocab) for name, value in context.items()})
+        for column, logprobs in enumerate(teacher_logprobs):
+            copy = logprobs.detach().reshape(-1, vocab).clone()
+            pool.add(copy, flat_weights[:, column].to(copy.dtype))
+        target = pool.finish()
+    return Target(
+        logprobs=target.logprobs.reshape(*shape, vocab),
+        token_weight=None if target.token_weight is None else target.token_weight.reshape(shape),
+        neg_log_z=target.neg_log_z.reshape(shape),
+    )
+
+
+def check_weights(weights: Float[Tensor, "*token teacher"]) -> None:
+    """Refuses weights that are not a distribution over teachers at each token.
+
+    Args:
+        weights: Weight of each teacher at each token.
+
+    Raises:
+        RoutingError: The weights of some token are negative, not finite, or do not sum to one.
+    """
+    sums = weights.sum(-1)
+    bad = ~(((sums - 1.0).abs() <= SUM_TOLERANCE) & (weights >= 0.0).all(-1))
+    if bool(bad.any()):
+        worst = weights[bad][0].tolist()
+        raise RoutingError(
+            f"expected non-negative teacher weights that sum to one at each token, got {int(bad.sum())} token(s) that "
+            f"do not, the first being {worst}; their target would not be a distribution. Leave out abstained tokens "
+            "(all weights zero) and renormalise when a teacher failed"
+        )
