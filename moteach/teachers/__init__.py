@@ -1,0 +1,1 @@
+"""Teachers: experts that grade what the student wrote."""

@@ -1,0 +1,183 @@
+"""The teachers of a run behind one call: each is asked about its own rows only."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from moteach.catalogue.spec import ExpertSpec
+from moteach.errors import ConfigError, RoutingError, UnknownChoiceError, UnsupportedCombinationError, nearest
+from moteach.teachers.base import Teacher
+from moteach.teachers.hf import HFTeacher
+from moteach.teachers.lora import AdapterStore, LoRATeacher
+from moteach.teachers.scoring import dead
+from moteach.teachers.store import ModelStore
+from moteach.types import Evidence, RolloutBatch, Routing, Support, TeacherEvidence
+
+
+class TeacherPool:
+    """Scores a batch with the teachers its routing names.
+
+    A teacher pays only for the rows in which it has a positive weight: with hard routing, ten teachers cost what one
+    costs.
+
+    Args:
+        teachers: The teachers of the run.
+
+    Raises:
+        ConfigError: Two teachers have the same name, or there is none.
+    """
+
+    def __init__(self, teachers: Sequence[Teacher]) -> None:
+        names = [teacher.teacher_id for teacher in teachers]
+        if not names or len(set(names)) != len(names):
+            raise ConfigError(f"expected at least one teacher, each with a name of its own, got {names}")
+        self._teachers = {teacher.teacher_id: teacher for teacher in teachers}
+
+    @classmethod
+    def from_experts(
+        cls,
+        experts: Mapping[str, ExpertSpec],
+        *,
+        max_tokens_per_forward: int = 16384,
+        vocab_size: int | None = None,
+        max_resident: int | None = None,
+        device: str = "cpu",
+    ) -> TeacherPool:
+        """Builds the pool of a run's experts, see `build_teachers`."""
+        return cls(
+            build_teachers(
+                list(experts.values()),
+                max_tokens_per_forward=max_tokens_per_forward,
+                vocab_size=vocab_size,
+                max_resident=max_resident,
+                device=device,
+            )
+        )
+
+    @property
+    def teacher_ids(self) -> tuple[str, ...]:
+        """Names of the teachers, in the order they were given."""
+        return tuple(self._teachers)
+
+    def get(self, teacher_id: str) -> Teacher:
+        """Returns one teacher.
+
+        Raises:
+            UnknownChoiceError: No teacher of the run has this name.
+        """
+        if teacher_id not in self._teachers:
+            raise UnknownChoiceError(
+                f"expected a teacher of this run, got '{teacher_id}'; {nearest(teacher_id, self._teachers)}"
+            )
+        return self._teachers[teacher_id]
+
+    def score(self, rollouts: RolloutBatch, routing: Routing, *, support: Support, k: int | None = None) -> Evidence:
+        """Asks each teacher about the rows it was given, in the order of `routing.teacher_ids`.
+
+        Teachers without a trained token are not called and have no entry in the evidence.
+
+        Args:
+            rollouts: The whole batch.
+            routing: Weights of its rows.
+            support: What to ask for.
+            k: Number of entries, for `topk` only.
+
+        Raises:
+            RoutingError: The routing is of other prompts than the batch.
+            UnknownChoiceError: A teacher with weight is not in the pool.
+            UnsupportedCombinationError: A teacher does not offer the support.
+            DeadTeacherError: Scores are not finite.
+        """
+        prompts = tuple(rollout.prompt.prompt_id for rollout in rollouts.rollouts)
+        if prompts != routing.prompt_ids:
+            raise RoutingError(
+                f"expected a routing of the batch's own prompts, got {len(routing.prompt_ids)} prompt ids that "
+                "differ from the "
+                f"batch's {len(prompts)}; rows would be graded by the wrong teacher"
+            )
+        found = []
+        for teacher_id in routing.teacher_ids:
+            rows = routing.rows_of(teacher_id)
+            tokens = torch.isin(rollouts.token_rows, rows).nonzero(as_tuple=True)[0]
+            if len(tokens):
+                found.append(self._ask(self.get(teacher_id), rollouts.select(rows.tolist()), tokens, support, k))
+        return Evidence(teachers=tuple(found), num_tokens=rollouts.num_tokens)
+
+    def _ask(
+        self, teacher: Teacher, part: RolloutBatch, tokens: Int[Tensor, " scored"], support: Support, k: int | None
+    ) -> TeacherEvidence:
+        """Scores a sub-batch whose packed tokens are `tokens` of the whole batch, and maps the answer back."""
+        if support not in teacher.supports:
+            raise UnsupportedCombinationError(
+                f"expected support={support} of the teacher '{teacher.teacher_id}', which offers "
+                f"{', '.join(sorted(teacher.supports))}; choose one of these, or serve the teacher another way"
+            )
+        said = teacher.score(part, support=support, k=k)
+        for what, values in (
+            ("hidden states", said.hidden),
+            ("top-k logprobs", said.topk_logprobs),
+            ("logprobs", said.sampled_logprobs),
+        ):
+            if values is not None and not bool(torch.isfinite(values).all()):
+                raise dead(teacher.teacher_id, what)
+        return dataclasses.replace(said, teacher_id=teacher.teacher_id, tokens=tokens[said.tokens])
+
+
+def build_teachers(
+    experts: Sequence[ExpertSpec],
+    *,
+    max_tokens_per_forward: int = 16384,
+    chunk_size: int = 1024,
+    vocab_size: int | None = None,
+    max_resident: int | None = None,
+    device: str = "cpu",
+) -> list[HFTeacher | LoRATeacher]:
+    """Builds in-process teachers for experts; weights load on first use, and equal checkpoints load once.
+
+    Args:
+        experts: The run's experts.
+        max_tokens_per_forward: Padded tokens in one teacher forward.
+        chunk_size: Tokens whose logits exist at once.
+        vocab_size: Size of the student's head, see `HFTeacher`.
+        max_resident: How many whole models stay loaded; None keeps all.
+        device: A torch device, or `auto`.
+
+    Raises:
+        ConfigError: A size is not positive.
+    """
+    models, adapters = ModelStore(max_resident=max_resident, device=device), AdapterStore(device=device)
+    teachers: list[HFTeacher | LoRATeacher] = []
+    for spec in experts:
+        if spec.adapter is not None and spec.base is not None:
+            teachers.append(
+                LoRATeacher(
+                    teacher_id=spec.name,
+                    adapter=spec.adapter,
+                    base=spec.base,
+                    revision=spec.revision,
+                    dtype=spec.dtype,
+                    chunk_size=chunk_size,
+                    max_tokens_per_forward=max_tokens_per_forward,
+                    vocab_size=vocab_size,
+                    store=adapters,
+                )
+            )
+            continue
+        teachers.append(
+            HFTeacher(
+                teacher_id=spec.name,
+                model=spec.weights,
+                revision=spec.revision,
+                dtype=spec.dtype,
+                chunk_size=chunk_size,
+                max_tokens_per_forward=max_tokens_per_forward,
+                vocab_size=vocab_size,
+                store=models,
+            )
+        )
+    return teachers

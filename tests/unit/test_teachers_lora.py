@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from moteach.catalogue.spec import ExpertSpec
+from moteach.errors import ConfigError, MissingFileError
+from moteach.teachers.lora import AdapterStore, LoRATeacher
+from moteach.teachers.pool import TeacherPool, build_teachers
+from moteach.testing import tiny_model
+from moteach.types import Prompt, Rollout, RolloutBatch, Routing
+
+peft = pytest.importorskip("peft")
+
+
+@pytest.fixture
+def adapters(tmp_path: Path) -> Path:
+    """A base and two adapters on it that differ."""
+    tiny_model(seed=0, scale=3.0).save_pretrained(tmp_path / "base")
+    for seed, name in enumerate(("math", "code")):
+        wrapped = peft.get_peft_model(
+            tiny_model(seed=0, scale=3.0),
+            peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
+        )
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for key, parameter in wrapped.named_parameters():
+                if "lora_B" in key:
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator))
+        wrapped.save_pretrained(tmp_path / name)
+    return tmp_path
+
+
+def rollouts() -> RolloutBatch:
+    generator = torch.Generator().manual_seed(0)
+    return RolloutBatch.from_rollouts(
+        [
+            Rollout(
+                prompt=Prompt(prompt_id=f"p{i}", text="", token_ids=(3, 4, 5)),
+                sample=0,
+                completion_ids=tuple(torch.randint(2, 60, (4 + i,), generator=generator).tolist()),
+                rollout_logprobs=(-1.0,) * (4 + i),
+                finished=True,
+                student_version=0,
+            )
+            for i in range(3)
+        ],
+        pad_id=0,
+    )
+
+
+@torch.no_grad()
+def merged_logprobs(folder: Path, name: str, batch: RolloutBatch) -> torch.Tensor:
+    model = peft.PeftModel.from_pretrained(tiny_model(seed=0, scale=3.0), folder / name).merge_and_unload().eval()
+    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask.long()).logits
+    logprobs = batch.pack(logits).log_softmax(-1)
+    return logprobs.gather(1, batch.token_targets[:, None])[:, 0]
+
+
+def test_adapters_on_one_base_take_turns_and_each_says_what_its_merged_model_says(adapters: Path) -> None:
+    base = str(adapters / "base")
+    specs = {name: ExpertSpec(name=name, adapter=str(adapters / name), base=base) for name in ("math", "code")}
+    batch = rollouts()
+    routing = Routing(
+        teacher_ids=("math", "code"),
+        prompt_ids=("p0", "p1", "p2"),
+        weights=torch.full((3, 2), 0.5),
+        confidence=torch.full((3,), 0.5),
+        abstained=torch.zeros(3, dtype=torch.bool),
+    )
+    pool = TeacherPool.from_experts(specs)
+    for _ in range(2):
+        evidence = pool.score(batch, routing, support="sampled")
+        expected = {name: merged_logprobs(adapters, name, batch) for name in specs}
+        assert (expected["math"] - expected["code"]).abs().max() > 0.1
+        for name in specs:
+            entry = evidence.of(name)
+            assert entry is not None
+            torch.testing.assert_close(entry.sampled_logprobs, expected[name], rtol=1e-3, atol=1e-3)
+
+
+def test_the_base_is_loaded_once_and_nothing_is_trainable_after_switching(adapters: Path) -> None:
+    store = AdapterStore()
+    one, two = (store.get(str(adapters / name), base=str(adapters / "base")) for name in ("math", "code"))
+    assert one is two
+    assert store.get(str(adapters / "math"), base=str(adapters / "base")) is one
+    assert not any(parameter.requires_grad for parameter in one.parameters())
+    assert not one.training
+
+
+def test_an_adapter_that_does_not_fit_and_a_missing_one_are_named(adapters: Path, tmp_path: Path) -> None:
+    tiny_model(hidden=32).save_pretrained(tmp_path / "small")
+    with pytest.raises(ConfigError, match=r"adapter at .*math' that fits the base .*small"):
+        AdapterStore().get(str(adapters / "math"), base=str(tmp_path / "small"))
+    with pytest.raises(MissingFileError, match="nowhere"):
+        AdapterStore().get(str(tmp_path / "nowhere"), base=str(adapters / "base"))
+
+
+def test_an_expert_with_an_adapter_becomes_a_lora_teacher(adapters: Path) -> None:
+    spec = ExpertSpec(name="math", adapter=str(adapters / "math"), base=str(adapters / "base"))
+    (teacher,) = build_teachers([spec])
+    assert isinstance(teacher, LoRATeacher)
+    evidence = teacher.score(rollouts(), support="full")
+    assert evidence.hidden is not None
+    assert evidence.hidden.shape == (15, 64)
