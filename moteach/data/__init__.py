@@ -1,0 +1,1 @@
+"""Prompts: where they come from, how they are split and in which mixture they are drawn."""
