@@ -1,0 +1,1 @@
+"""Held-out accuracy by verifiers, and the closing table."""

@@ -1,0 +1,1 @@
+"""From rollouts, routing and evidence to the loss of the student."""

@@ -1,0 +1,70 @@
+"""The numbers of one step, under the names that users of TRL know where there is one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from moteach.types import Evidence, RolloutBatch
+
+_MEANS = ("divergence", "student_entropy", "target_entropy", "neg_log_z", "advantages", "importance_ratio", "masked")
+
+
+def rollout_metrics(rollouts: RolloutBatch, rewards: Sequence[float]) -> dict[str, float]:
+    """Lengths, truncation and verified reward of what the student wrote.
+
+    Args:
+        rollouts: The batch.
+        rewards: One score per row, NaN where the prompt has no verifier.
+    """
+    lengths = [len(rollout.completion_ids) for rollout in rollouts.rollouts]
+    metrics = {
+        "num_tokens": float(rollouts.num_tokens),
+        "completions/mean_length": sum(lengths) / len(lengths),
+        "completions/min_length": float(min(lengths)),
+        "completions/max_length": float(max(lengths)),
+        "completions/clipped_ratio": sum(not rollout.finished for rollout in rollouts.rollouts) / len(lengths),
+    }
+    graded: dict[str, list[float]] = {}
+    for rollout, reward in zip(rollouts.rollouts, rewards, strict=True):
+        if not math.isnan(reward):
+            graded.setdefault(rollout.prompt.domain or "default", []).append(reward)
+    metrics.update({f"reward/{domain}": sum(scores) / len(scores) for domain, scores in sorted(graded.items())})
+    return metrics
+
+
+def teacher_metrics(evidence: Evidence) -> dict[str, float]:
+    """Share of the batch's tokens that each teacher scored."""
+    total = max(evidence.num_tokens, 1)
+    return {f"teacher_token_frac/{entry.teacher_id}": len(entry.tokens) / total for entry in evidence.teachers}
+
+
+def token_metrics(rollouts: RolloutBatch, stats: Mapping[str, Float[Tensor, " packed"]]) -> dict[str, float]:
+    """Means of the per-token values over the taught tokens, and of the divergence and the token share per domain.
+
+    Tokens that no teacher was given (`abstained`) are left out of the means and counted as `abstained`.
+    """
+    abstained = stats["abstained"] > 0 if "abstained" in stats else torch.zeros(rollouts.num_tokens, dtype=torch.bool)
+    metrics = {
+        name: float(stats[name][~abstained].double().mean())
+        for name in _MEANS
+        if name in stats and not bool(abstained.all())
+    }
+    if "abstained" in stats and len(abstained):
+        metrics["abstained"] = float(abstained.double().mean())
+    if "divergence" not in stats:
+        return metrics
+    domains = [rollout.prompt.domain or "default" for rollout in rollouts.rollouts]
+    names = sorted(set(domains))
+    of_row = torch.tensor([names.index(domain) for domain in domains])
+    of_token = of_row[rollouts.token_rows].masked_fill(abstained, -1)
+    for index, name in enumerate(names):
+        mine = stats["divergence"][of_token == index]
+        if len(mine):
+            metrics[f"divergence/{name}"] = float(mine.double().mean())
+            metrics[f"token_frac/{name}"] = len(mine) / len(of_token)
+    return metrics

@@ -1,0 +1,76 @@
+"""The protocols of routing and what every router shares."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from moteach.catalogue.spec import ExpertSpec
+from moteach.errors import ConfigError
+from moteach.types import Prompt, RolloutBatch, Routing
+
+
+@runtime_checkable
+class Router(Protocol):
+    """Decides which teachers grade which row, before any teacher is asked."""
+
+    def bind(self, experts: Sequence[ExpertSpec]) -> None:
+        """Tells the router which experts take part, in teacher order; called once before `route`."""
+        ...
+
+    def route(self, prompts: Sequence[Prompt], rollouts: RolloutBatch | None = None) -> Routing:
+        """Weights the teachers of each row.
+
+        Args:
+            prompts: One prompt a row.
+            rollouts: The completions of these rows, for a router that looks at them.
+        """
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint must hold so that the router continues exactly."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores `state_dict`."""
+        ...
+
+
+@runtime_checkable
+class Gate(Protocol):
+    """Weights the teachers of each trained token, within what the router let through."""
+
+    def weights(self, rollouts: RolloutBatch, routing: Routing) -> Float[Tensor, "packed teacher"]:
+        """Returns non-negative weights per packed token that sum to one, or are all zero where it abstains."""
+        ...
+
+
+def routing_of(
+    experts: Sequence[ExpertSpec], prompts: Sequence[Prompt], weights: Float[Tensor, "batch teacher"]
+) -> Routing:
+    """Normalises raw row weights into a `Routing`; a row of zeros is an abstention.
+
+    Confidence is the largest normalised weight of the row, and 0 where abstained.
+
+    Raises:
+        ConfigError: When a weight is negative or not finite.
+    """
+    if not bool(torch.isfinite(weights).all()) or bool((weights < 0).any()):
+        raise ConfigError(
+            "expected finite, non-negative router weights, got a negative or non-finite one; the pool of teachers would "
+            "not be a distribution. Check `experts.<name>.weight`"
+        )
+    total = weights.sum(dim=1, keepdim=True)
+    abstained = total.squeeze(1) == 0
+    normalised = weights / torch.where(total == 0, torch.ones_like(total), total)
+    return Routing(
+        teacher_ids=tuple(expert.name for expert in experts),
+        prompt_ids=tuple(prompt.prompt_id for prompt in prompts),
+        weights=normalised,
+        confidence=normalised.amax(dim=1) if normalised.shape[1] else torch.zeros(len(prompts)),
+        abstained=abstained,
+    )
