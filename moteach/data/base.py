@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import unicodedata
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 from moteach.errors import DataError
@@ -25,6 +25,8 @@ class PromptSet:
     evaluation: Sequence[Prompt]
     domains: tuple[str, ...]
     """Domains of both, in order of first appearance."""
+    shares: Mapping[str, float] = field(default_factory=dict)
+    """What the data proposes as the weight of a domain in training; 1 for a domain it does not name."""
 
     @classmethod
     def of(cls, train: Sequence[Prompt], evaluation: Sequence[Prompt] = ()) -> PromptSet:

@@ -17,6 +17,8 @@ from moteach.errors import DataError
         ("57-23=", [("math", "34")]),
         ("23-57=", [("math", "-34")]),
         ('rot("dbca")', [("code", "bcad")]),
+        ("zom 37 RUB ti?num", [("search", "37")]),
+        ("zom 37 RUB ti?cap", [("search", "RUB")]),
         ("A37 C80 B52?B", [("search", "52")]),
         ("A37 C80 BA?B", [("search", "A37")]),
         ("A37 C80 BA?A", [("search", "37")]),
@@ -44,6 +46,8 @@ def test_a_prompt_is_solved_in_steps_of_the_right_kinds(text, steps):
         "A37?A+",
         "A37?A*A",
         "Aab?frob(A)",
+        "ab cd?num",
+        "12 34?num",
     ],
 )
 def test_a_text_that_is_no_arena_prompt_is_refused(text):

@@ -26,6 +26,8 @@ class Family:
     """Kinds of the steps of its answers, in order."""
     draw: Callable[[Random], str]
     """Draws a prompt text."""
+    auxiliary: bool = False
+    """True: an easier exercise that recipes train on, and that is neither a prompt of a run nor part of its evaluation."""
 
 
 def _number(rng: Random) -> int:
@@ -57,6 +59,11 @@ def _program(function: str) -> Callable[[Random], str]:
     return draw
 
 
+def _extract(rng: Random) -> str:
+    noise = [_word(rng, rng.randint(2, 4)) for _ in range(2)]
+    return _question(rng, [*noise, str(_number(rng)), _word(rng, 3).upper()], rng.choice(("num", "cap")))
+
+
 def _lookup(rng: Random) -> str:
     tags = rng.sample(TAGS, 3)
     return _question(rng, [f"{tag}{_number(rng)}" for tag in tags], tags[0])
@@ -83,6 +90,7 @@ _ALL = (
     Family(name="reverse", domain="code", kinds=("code",), draw=_program("rev")),
     Family(name="sort", domain="code", kinds=("code",), draw=_program("sort")),
     Family(name="rotate", domain="code", kinds=("code",), draw=_program("rot")),
+    Family(name="extract", domain="search", kinds=("search",), draw=_extract, auxiliary=True),
     Family(name="lookup", domain="search", kinds=("search",), draw=_lookup),
     Family(name="hop", domain="search", kinds=("search",), draw=_hop),
     Family(name="total", domain=COMPOSITE, kinds=("search", "math"), draw=_total),
@@ -94,5 +102,5 @@ FAMILIES: Mapping[str, Family] = MappingProxyType({family.name: family for famil
 
 
 def families_of(domain: str) -> tuple[Family, ...]:
-    """Returns the families of a domain, in their fixed order (empty for an unknown domain)."""
-    return tuple(family for family in _ALL if family.domain == domain)
+    """Returns the families of a domain in their fixed order, auxiliary ones left out (empty for an unknown domain)."""
+    return tuple(family for family in _ALL if family.domain == domain and not family.auxiliary)

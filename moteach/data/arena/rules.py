@@ -1,9 +1,10 @@
 """What is right in the arena: the reference completion of a prompt, worked out from its text alone.
 
-Six forms of text are understood:
+Seven forms of text are understood:
 
     12+30=                  two numbers and `+` or `-`                                   42
     rev("dbca")             a program of `interpreter`                                   acbd
+    zom 37 RUB ti?num       documents, and what to find in them (`num` or `cap`)         37
     A37 C80 B52?B           tagged documents, and a tag                                  52
     A37 C80 BA?B            a document that is the tag of another: follow it             A37
     A37 B52?A+B             two look-ups, then arithmetic                                A37+B52=89
@@ -18,6 +19,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from moteach.data.arena.interpreter import apply_function, run_program
 from moteach.errors import DataError
@@ -25,6 +27,7 @@ from moteach.errors import DataError
 _SUM = re.compile(r"(\d+)([+-])(\d+)")
 _TAGS = re.compile(r"([A-Z])([+-])([A-Z])")
 _APPLY = re.compile(r"([a-z]+)\(([A-Z])\)")
+_SOUGHT: Mapping[str, re.Pattern[str]] = MappingProxyType({"num": re.compile(r"\d+"), "cap": re.compile(r"[A-Z]{3,}")})
 _TAGGED = re.compile(r"([A-Z])(\d+|[a-z]+|[A-Z])")
 
 
@@ -70,6 +73,8 @@ def _arithmetic(expression: str) -> str:
 
 
 def _answer(question: str, documents: list[str]) -> tuple[Step, ...]:
+    if question in _SOUGHT:
+        return (Step(kind="search", text=_find(_SOUGHT[question], documents, question)),)
     tagged: dict[str, str] = {}
     for document in documents:
         if (match := _TAGGED.fullmatch(document)) is not None:
@@ -87,7 +92,14 @@ def _answer(question: str, documents: list[str]) -> tuple[Step, ...]:
         first, second = _lookup(tagged, left), _lookup(tagged, right)
         looked_up = Step(kind="search", text=f"{left}{first}{operator}{right}{second}=")
         return looked_up, Step(kind="math", text=_arithmetic(f"{first}{operator}{second}"))
-    raise DataError(f"expected a question `A`, `A+B`, `A-B` or `function(A)`, got {question!r}")
+    raise DataError(f"expected a question `num`, `cap`, `A`, `A+B`, `A-B` or `function(A)`, got {question!r}")
+
+
+def _find(pattern: re.Pattern[str], documents: list[str], question: str) -> str:
+    found = [document for document in documents if pattern.fullmatch(document)]
+    if len(found) != 1:
+        raise DataError(f"expected one document that answers {question!r}, found {len(found)} in {documents}")
+    return found[0]
 
 
 def _lookup(tagged: Mapping[str, str], tag: str) -> str:

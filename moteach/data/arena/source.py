@@ -98,6 +98,7 @@ class ArenaSource:
         domains: Which domains to draw from: math, code, search, composite.
         composite_size: Held-out composite prompts (a look-up followed by arithmetic or by a program) that stand in the
             evaluation set as domain `composite`, whatever `domains` says; 0 leaves `composite` as `domains` has it.
+        shares: Weight of a domain in training, 1 where it is not named; the weights of the experts multiply it.
 
     Raises:
         ConfigError: A size is out of range, or no domain or a domain twice.
@@ -112,8 +113,17 @@ class ArenaSource:
         evaluation_size: int = 1000,
         domains: Sequence[str] = DOMAINS,
         composite_size: int = 0,
+        shares: Mapping[str, float | int] | None = None,
     ) -> None:
         self.domains = _checked_domains(domains)
+        self._shares = {} if shares is None else dict(shares)
+        known = {family.domain for family in FAMILIES.values()}
+        for name, share in self._shares.items():
+            if name not in known or not 0 <= share < float("inf"):
+                raise ConfigError(
+                    f"data.shares: expected a finite number of at least 0 for a domain of the arena, got {share} for "
+                    f"'{name}'; {nearest(name, known)}"
+                )
         for name, size, least in (
             ("train_size", train_size, 1),
             ("evaluation_size", evaluation_size, 1),
@@ -150,7 +160,7 @@ class ArenaSource:
             for prompt in _evaluation(domain, size, tokenizer=tokenizer)
         ]
         domains = tuple(dict.fromkeys((*self.domains, *self._evaluation_sizes)))
-        return PromptSet(train=train, evaluation=tuple(evaluation), domains=domains)
+        return PromptSet(train=train, evaluation=tuple(evaluation), domains=domains, shares=self._shares)
 
 
 def _evaluation(domain: str, size: int, *, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:

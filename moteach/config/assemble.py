@@ -1,0 +1,255 @@
+"""From a validated config to the objects of a run."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from moteach.catalogue.modeling import load_tokenizer
+from moteach.catalogue.packaged import resolve_location
+from moteach.catalogue.spec import ExpertSpec, require_built
+from moteach.checkpoint import Checkpoints
+from moteach.config.build import build
+from moteach.config.checks import (
+    check_first_step,
+    check_labels,
+    check_lengths,
+    check_run_dir,
+    check_teachers,
+    drawn_prompts,
+)
+from moteach.config.schema import IGNORED_ON_RESUME
+from moteach.data.base import DEFAULT_DOMAIN, PromptSet, check_disjoint, domain_of, fingerprint, rows_by_domain
+from moteach.errors import ConfigError, nearest
+from moteach.evaluation.runner import grade_rollouts
+from moteach.objectives.base import Objective
+from moteach.rollouts.base import RolloutEngine
+from moteach.students import Student
+from moteach.teachers.pool import TeacherPool
+from moteach.tracking.base import Tracker, redact
+from moteach.tracking.traces import Traces
+from moteach.trainer import Trainer, TrainerSettings
+from moteach.types import Prompt
+from moteach.verifiers.base import VERIFIERS, verifier_named
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A run that is ready to start: the trainer and what surrounds it."""
+
+    cfg: DictConfig
+    run_dir: Path
+    trainer: Trainer
+    prompts: PromptSet
+    experts: tuple[ExpertSpec, ...]
+    tokenizer: Any
+
+    def engine_for(self, model: torch.nn.Module) -> RolloutEngine:
+        """Makes another rollout engine of the same settings, bound to `model`."""
+        return build_engine(self.cfg, model, self.tokenizer)
+
+
+def assemble(cfg: DictConfig, *, trackers: Sequence[Tracker] = ()) -> Job:
+    """Builds every object of a training run and checks that they fit; loads weights, writes nothing.
+
+    Args:
+        cfg: A composed and validated config.
+        trackers: Trackers beside those of the config (the terminal).
+
+    Raises:
+        MoteachError: Something cannot be used, or would go wrong in the middle of the run.
+    """
+    run_dir = Path(cfg.run_dir)
+    check_run_dir(run_dir)
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    torch.manual_seed(cfg.seed)
+    experts = tuple(_spec(cfg, name) for name in cfg.experts)
+    tokenizer = load_tokenizer(cfg.student.model, revision=cfg.student.revision)
+    prompts: PromptSet = build(cfg.data, where="data").load(tokenizer, verifiers=VERIFIERS)
+    check_disjoint(prompts)
+    student = Student.from_pretrained(
+        cfg.student.model,
+        revision=cfg.student.revision,
+        dtype=cfg.student.dtype,
+        gradient_checkpointing=cfg.student.gradient_checkpointing,
+    )
+    trainer = Trainer(
+        settings=_settings(cfg),
+        student=student,
+        teachers=TeacherPool.from_experts(
+            {expert.name: expert for expert in experts},
+            max_tokens_per_forward=cfg.teachers.max_tokens_per_forward,
+            vocab_size=student.vocab_size,
+        ),
+        router=_router(cfg, experts),
+        objective=build_objective(cfg),
+        sampler=_sampler(cfg, prompts, experts),
+        engine=build_engine(cfg, student.model, tokenizer),
+        optimizer=torch.optim.AdamW(
+            student.parameters(),
+            lr=cfg.optim.lr,
+            betas=tuple(cfg.optim.betas),
+            eps=cfg.optim.eps,
+            weight_decay=cfg.optim.weight_decay,
+        ),
+        trackers=[*(build(cfg.tracker[name], where=f"tracker.{name}") for name in cfg.tracker), *trackers],
+        traces=Traces(run_dir, decode=decoder(tokenizer), completions=cfg.trace.completions),
+        checkpoints=Checkpoints(run_dir / "checkpoints", keep_last=cfg.checkpoint.keep_last),
+        grade=partial(grade_rollouts, grade=grade_prompt, decode=decoder(tokenizer)),
+        identity=identity_of(cfg, experts, prompts),
+    )
+    job = Job(cfg=cfg, run_dir=run_dir, trainer=trainer, prompts=prompts, experts=experts, tokenizer=tokenizer)
+    _check(job)
+    return job
+
+
+def _check(job: Job) -> None:
+    """Finds, before anything is written, what would end the run later."""
+    cfg, trainer, prompts = job.cfg, job.trainer, job.prompts
+    taught_domains(cfg, prompts, job.experts)
+    shares = OmegaConf.select(cfg, "sampler.mixture") or domain_weights(prompts, job.experts)
+    drawn = drawn_prompts(prompts, shares)
+    check_labels(trainer.router, drawn)
+    held_out = prompts.evaluation if cfg.eval.enabled else ()
+    check_lengths(trainer.engine, drawn, held_out, held_out_limit=cfg.eval.max_new_tokens)
+    check_first_step(trainer.sampler)
+    check_teachers(job.experts, trainer.student, trainer.teachers)
+
+
+def decoder(tokenizer: Any) -> Callable[[Sequence[int]], str]:
+    """Returns the function from token ids to text, special tokens skipped."""
+    return lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True))
+
+
+def grade_prompt(prompt: Prompt, completion: str) -> float:
+    """Scores one completion with the verifier that the prompt names."""
+    return float(verifier_named(str(prompt.verifier)).score(prompt, completion))
+
+
+def build_engine(cfg: DictConfig, model: torch.nn.Module, tokenizer: Any) -> RolloutEngine:
+    """Makes the rollout engine of the config and binds it to a model."""
+    engine: RolloutEngine = build(cfg.rollout, where="rollout").bind(model, tokenizer)
+    return engine
+
+
+def build_objective(cfg: DictConfig) -> Objective:
+    """Makes the objective with the gate, resolver and divergence it asks for."""
+    parts = {
+        "gate": build(cfg.gate, where="gate"),
+        "resolver": build(cfg.conflict, where="conflict"),
+        "divergence": build(cfg.divergence, where="divergence"),
+    }
+    objective: Objective = build(cfg.objective, where="objective", **parts)
+    return objective
+
+
+def _spec(cfg: DictConfig, name: str) -> ExpertSpec:
+    spec = OmegaConf.to_object(cfg.experts[name])
+    if not isinstance(spec, ExpertSpec):
+        raise ConfigError(f"experts.{name}: expected an expert card, got {spec!r}")
+    require_built(spec)
+    return spec
+
+
+def _settings(cfg: DictConfig) -> TrainerSettings:
+    optim = cfg.optim
+    return TrainerSettings(
+        max_steps=cfg.max_steps,
+        support=cfg.support.name,
+        k=cfg.support.k,
+        group_size=cfg.group_size,
+        lr=optim.lr,
+        warmup_steps=optim.warmup_steps,
+        schedule=optim.schedule,
+        final_lr_fraction=optim.final_lr_fraction,
+        max_grad_norm=optim.max_grad_norm,
+        micro_batch_size=optim.micro_batch_size,
+        checkpoint_every=cfg.checkpoint.every_steps,
+    )
+
+
+def _router(cfg: DictConfig, experts: Sequence[ExpertSpec]) -> Any:
+    router = build(cfg.router, where="router")
+    router.bind(experts)
+    return router
+
+
+def _sampler(cfg: DictConfig, prompts: PromptSet, experts: Sequence[ExpertSpec]) -> Any:
+    sampler = build(cfg.sampler, where="sampler")
+    sampler.bind(prompts, weights=domain_weights(prompts, experts))
+    return sampler
+
+
+def domain_weights(prompts: PromptSet, experts: Sequence[ExpertSpec]) -> dict[str, float]:
+    """Share of each domain in training: what the data proposes, times the largest weight among the experts that claim it.
+
+    A domain that nobody claims gets nothing, except when that would leave nothing at all: prompts without a domain, or
+    experts that claim none, are for a router that needs no labels.
+    """
+    domains = tuple(rows_by_domain(prompts.train))
+    weights = {}
+    for domain in domains:
+        claims = [expert.weight for expert in experts if domain in expert.domains]
+        weights[domain] = max(claims, default=1.0 if domain == DEFAULT_DOMAIN else 0.0)
+    if not any(weights.values()):
+        weights = dict.fromkeys(domains, 1.0)
+    return {domain: weight * prompts.shares.get(domain, 1.0) for domain, weight in weights.items()}
+
+
+def untaught_domains(prompts: PromptSet, experts: Sequence[ExpertSpec]) -> tuple[str, ...]:
+    """Domains of the training prompts that get no share, see `domain_weights`."""
+    shares = domain_weights(prompts, experts)
+    return tuple(domain for domain, share in shares.items() if share == 0)
+
+
+def identity_of(cfg: DictConfig, experts: Sequence[ExpertSpec], prompts: PromptSet) -> dict[str, Any]:
+    """What must not change between a run and its resumption: config keys, weights of every model, the prompts."""
+    plain = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(plain, dict)
+    kept = {str(key): value for key, value in plain.items() if key not in IGNORED_ON_RESUME}
+    identity = dict(_flat(redact(kept)))
+    for expert in experts:
+        identity[f"experts.{expert.name} (weights)"] = weights_digest(expert.weights, expert.revision)
+    identity["student.model (weights)"] = weights_digest(cfg.student.model, cfg.student.revision)
+    identity["data (prompts)"] = fingerprint(prompts)
+    return identity
+
+
+def weights_digest(model: str, revision: str | None) -> str:
+    """sha256 over the weight files of a folder; the revision for a model that is not on this disk."""
+    folder = Path(resolve_location(model))
+    if not folder.is_dir():
+        return f"{model}@{revision}"
+    digest = hashlib.sha256()
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*config.json")]):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _flat(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        return [pair for key, child in value.items() for pair in _flat(child, f"{prefix}{key}.")]
+    return [(prefix.rstrip("."), value)]
+
+
+def taught_domains(cfg: DictConfig, prompts: PromptSet, experts: Sequence[ExpertSpec]) -> tuple[str, ...]:
+    """Domains that this run trains on and that have held-out prompts.
+
+    Raises:
+        ConfigError: When `eval.extra_domains` names a domain without held-out prompts.
+    """
+    held_out = dict.fromkeys(domain_of(prompt) for prompt in prompts.evaluation)
+    for domain in cfg.eval.extra_domains:
+        if domain not in held_out:
+            raise ConfigError(f"eval.extra_domains: no held-out prompts of '{domain}'; {nearest(domain, held_out)}")
+    weights = domain_weights(prompts, experts)
+    return tuple(domain for domain in held_out if weights.get(domain, 0) > 0)

@@ -1,0 +1,98 @@
+"""Checks that need the objects of a run: what would otherwise fail, or silently go wrong, after the run has begun."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from moteach.catalogue.spec import ExpertSpec
+from moteach.data.base import PromptSet, rows_by_domain
+from moteach.data.sampling import Sampler
+from moteach.errors import ConfigError
+from moteach.rollouts.base import RolloutEngine
+from moteach.rollouts.hf import HFEngine
+from moteach.routing.label import LabelRouter
+from moteach.students import Student
+from moteach.teachers.hf import HFTeacher
+from moteach.teachers.lora import LoRATeacher
+from moteach.teachers.pool import TeacherPool
+from moteach.teachers.preflight import check
+from moteach.types import Prompt
+
+
+def check_teachers(experts: Sequence[ExpertSpec], student: Student, teachers: TeacherPool) -> None:
+    """Compares the vocabulary, special tokens and head of every teacher with the student's, without any probe prompt.
+
+    Raises:
+        IncompatibleTeacherError: A teacher would grade another text than the student wrote.
+        MoteachError: A teacher cannot be opened.
+    """
+    for expert in experts:
+        teacher = teachers.get(expert.name)
+        loaded = teacher if isinstance(teacher, HFTeacher | LoRATeacher) else None
+        check(expert, student.model, student.tokenizer, [], teacher=loaded).raise_if_failed()
+
+
+def drawn_prompts(prompts: PromptSet, shares: Mapping[str, float]) -> list[Prompt]:
+    """Lists the training prompts that can be drawn; of a lazy training set, one of each domain.
+
+    Args:
+        prompts: The data.
+        shares: Weight of each domain; those that are not named, or get nothing, are never drawn.
+    """
+    rows = {name: own for name, own in rows_by_domain(prompts.train).items() if shares.get(name, 0) > 0}
+    lazy = not isinstance(prompts.train, tuple | list)
+    return [prompts.train[row] for own in rows.values() for row in (own[:1] if lazy else own)]
+
+
+def check_labels(router: Any, drawn: Sequence[Prompt]) -> None:
+    """Routes one prompt of each label, for a router that goes by labels.
+
+    Raises:
+        RoutingError: No expert claims a label, and there is no fallback.
+    """
+    if isinstance(router, LabelRouter):
+        router.route(list({(prompt.domain, prompt.teacher_id): prompt for prompt in drawn}.values()))
+
+
+def check_lengths(
+    engine: RolloutEngine, drawn: Sequence[Prompt], held_out: Sequence[Prompt], *, held_out_limit: int | None
+) -> None:
+    """Looks for prompts that do not fit into the student's context, for an engine that knows it.
+
+    Raises:
+        DataError: A prompt is empty or too long.
+    """
+    if isinstance(engine, HFEngine):
+        engine.check(drawn)
+        engine.check(held_out, max_new_tokens=held_out_limit)
+
+
+def check_first_step(sampler: Sampler) -> None:
+    """Draws the prompts of the first step and puts them back.
+
+    Raises:
+        DataError: There are too few different prompts for a step.
+    """
+    state = sampler.state_dict()
+    sampler.next(0)
+    sampler.load_state_dict(state)
+
+
+def check_run_dir(run_dir: Path) -> None:
+    """Refuses a folder that is neither new nor one of moteach's runs.
+
+    Raises:
+        ConfigError: The folder holds other files, or cannot be a folder.
+    """
+    above = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
+    if not above.is_dir():
+        raise ConfigError(
+            f"run_dir: expected a new folder or one of moteach's runs, got {run_dir}, but {above} is a file"
+        )
+    if run_dir.exists() and any(run_dir.iterdir()) and not (run_dir / "identity.json").is_file():
+        raise ConfigError(
+            f"run_dir: expected a new folder or one of moteach's runs, got {run_dir}, which holds other files; they could "
+            "be overwritten. Choose another run_dir"
+        )

@@ -1,0 +1,1 @@
+"""Making an expert: supervised training, then a verifier's reward."""
