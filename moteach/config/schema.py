@@ -115,7 +115,7 @@ class TrainConfig:
     group_size: int = 1
     """Completions per prompt."""
     threads: int | None = None
-    """CPU threads of torch; None leaves torch's choice."""
+    """CPU threads of torch; None: one for a student below two million parameters, else torch's choice."""
     expert_path: list[str] = field(default_factory=list)
     """More folders of expert cards; read from the command line before composition."""
     experts: dict[str, ExpertSpec] = field(default_factory=dict)
