@@ -100,7 +100,7 @@ def _settings_of_run(cfg: DictConfig) -> None:
     for group in ("data", "rollout", "eval"):
         node = OmegaConf.select(saved, group)
         if group not in named and node is not None:
-            OmegaConf.update(cfg, group, node, merge=False, force_add=True)
+            OmegaConf.update(cfg, group, node, merge=group == "eval", force_add=True)
 
 
 def _baseline(cfg: DictConfig) -> dict[str, Any]:

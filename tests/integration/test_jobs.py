@@ -108,9 +108,13 @@ def evaluation(world: TinyWorld) -> list[str]:
     return [*data, "rollout.max_new_tokens=6"]
 
 
-def test_eval_of_a_run_gives_the_numbers_of_its_summary(finished: Path, evaluation: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("named", [False, True])
+def test_eval_of_a_run_gives_the_numbers_of_its_summary(
+    finished: Path, evaluation: list[str], tmp_path: Path, named: bool
+) -> None:
+    """Data and engine settings are those of the run, whether the command line repeats them or not."""
     out = tmp_path / "report.json"
-    assert main(["eval", f"run={finished}", *evaluation, f"out={out}"]) == 0
+    assert main(["eval", f"run={finished}", *(evaluation if named else []), f"out={out}"]) == 0
     report = json.loads(out.read_text())
     summary = json.loads((finished / "summary.json").read_text())
     assert set(report) == {"rows", "command", "machine"}
