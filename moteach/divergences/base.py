@@ -49,6 +49,28 @@ class ClosedFormDivergence(Divergence, Protocol):
 
 
 @runtime_checkable
+class PointwiseDivergence(Divergence, Protocol):
+    """A divergence that is a sum of terms g(p_v, q_v), each of which knows only the two probabilities of one entry.
+
+    It can be truncated to a part of the vocabulary: sum_v [g(p_v, q_v) - slope (p_v - q_v)] over any subset is
+    non-negative entry by entry, and each entry is zero and stationary at p_v = q_v; over the whole vocabulary the
+    correction sums to zero. Divergences that are no such sum do not have `terms`.
+    """
+
+    @property
+    def slope(self) -> float:
+        """dg/dp at p = q, which is the same for every p."""
+
+    def terms(
+        self, student_logprobs: Float[Tensor, "*token vocab"], teacher_logprobs: Float[Tensor, "*token vocab"]
+    ) -> Float[Tensor, "*token vocab"]:
+        """Returns g(p_v, q_v) in nats, differentiable; the entries need not sum to one.
+
+        A term is 0 where both logprobs are -inf, and +inf, with a zero gradient, where the divergence is infinite.
+        """
+
+
+@runtime_checkable
 class PoolTarget(Protocol):
     """What a pool returns, as far as the kernel reads it; `moteach.conflict.base.Target` is the real one."""
 

@@ -1,9 +1,12 @@
-"""Divergences over the whole vocabulary: reverse KL, forward KL and the generalised Jensen-Shannon divergence.
+"""Divergences over the whole vocabulary, as pure functions; here the two KL divergences and Jensen-Shannon's.
 
 Write `p` for the student and `q` for the teacher (or the pooled target). Every function takes `(student, teacher)`, and
 the two directions are never called by one name. A token that both exclude (logit -inf) contributes nothing; where
 absolute continuity fails the value is +inf, never NaN, and the gradient of that token is zero: no finite step repairs
-it, and the infinite loss is what a guard sees.
+it, and the infinite loss is what a guard sees. The other functions live beside their components and are named here.
+
+Temperatures divide the logits of each side. No value is rescaled by their square: the derivative with respect to the
+logits shrinks with 1 / student_temperature, and the learning rate is where to make up for it.
 """
 
 from __future__ import annotations
@@ -16,44 +19,92 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from moteach.divergences.adaptive import adaptive_kl, todi
+from moteach.divergences.bounded import skew_forward_kl, skew_reverse_kl, total_variation
+from moteach.divergences.generators import f_divergence
+from moteach.divergences.powers import alpha_beta, renyi
+from moteach.divergences.terms import log_mixture, logprobs_of, relative_entropy_terms, total
 from moteach.errors import ConfigError
 from moteach.types import Support
 
-_FULL: frozenset[Support] = frozenset({"full"})
+__all__ = [
+    "JSD",
+    "ForwardKL",
+    "ReverseKL",
+    "adaptive_kl",
+    "alpha_beta",
+    "entropy",
+    "f_divergence",
+    "forward_kl",
+    "jsd",
+    "renyi",
+    "reverse_kl",
+    "skew_forward_kl",
+    "skew_reverse_kl",
+    "todi",
+    "total_variation",
+]
+
+_SUPPORTS: frozenset[Support] = frozenset({"full", "topk"})
 
 
 def reverse_kl(
-    student_logits: Float[Tensor, "*token vocab"], teacher_logits: Float[Tensor, "*token vocab"]
+    student_logits: Float[Tensor, "*token vocab"],
+    teacher_logits: Float[Tensor, "*token vocab"],
+    *,
+    student_temperature: float = 1.0,
+    teacher_temperature: float = 1.0,
 ) -> Float[Tensor, "*token"]:
     """KL(student || teacher) = sum_v p_v (log p_v - log q_v), mode-seeking.
 
     Args:
         student_logits: Logits of `p`.
         teacher_logits: Logits of `q`.
+        student_temperature: Divides the student's logits.
+        teacher_temperature: Divides the teacher's logits.
 
     Returns:
         Nats per token; +inf where the teacher excludes a token that the student can write.
+
+    Raises:
+        ConfigError: A temperature is not positive.
     """
-    return _kl(student_logits.log_softmax(-1), teacher_logits.log_softmax(-1))
+    p, q = logprobs_of(student_logits, student_temperature), logprobs_of(teacher_logits, teacher_temperature)
+    return total(relative_entropy_terms(p, q))
 
 
 def forward_kl(
-    student_logits: Float[Tensor, "*token vocab"], teacher_logits: Float[Tensor, "*token vocab"]
+    student_logits: Float[Tensor, "*token vocab"],
+    teacher_logits: Float[Tensor, "*token vocab"],
+    *,
+    student_temperature: float = 1.0,
+    teacher_temperature: float = 1.0,
 ) -> Float[Tensor, "*token"]:
     """KL(teacher || student) = sum_v q_v (log q_v - log p_v), mass-covering.
 
     Args:
         student_logits: Logits of `p`.
         teacher_logits: Logits of `q`.
+        student_temperature: Divides the student's logits.
+        teacher_temperature: Divides the teacher's logits.
 
     Returns:
         Nats per token; +inf where the student excludes a token that the teacher can write.
+
+    Raises:
+        ConfigError: A temperature is not positive.
     """
-    return _kl(teacher_logits.log_softmax(-1), student_logits.log_softmax(-1))
+    p, q = logprobs_of(student_logits, student_temperature), logprobs_of(teacher_logits, teacher_temperature)
+    return total(relative_entropy_terms(q, p))
 
 
 def jsd(
-    student_logits: Float[Tensor, "*token vocab"], teacher_logits: Float[Tensor, "*token vocab"], *, beta: float
+    student_logits: Float[Tensor, "*token vocab"],
+    teacher_logits: Float[Tensor, "*token vocab"],
+    *,
+    beta: float,
+    student_temperature: float = 1.0,
+    teacher_temperature: float = 1.0,
 ) -> Float[Tensor, "*token"]:
     """JSD_beta = beta KL(q || m) + (1 - beta) KL(p || m) with m = beta q + (1 - beta) p.
 
@@ -66,21 +117,18 @@ def jsd(
         student_logits: Logits of `p`.
         teacher_logits: Logits of `q`.
         beta: Weight of the teacher, in (0, 1).
+        student_temperature: Divides the student's logits.
+        teacher_temperature: Divides the teacher's logits.
 
     Returns:
         Nats per token, always finite.
 
     Raises:
-        ConfigError: `beta` is not strictly between 0 and 1.
+        ConfigError: `beta` is not strictly between 0 and 1, or a temperature is not positive.
     """
     _check_beta(beta)
-    p, q = student_logits.log_softmax(-1), teacher_logits.log_softmax(-1)
-    p_out, q_out = p == -math.inf, q == -math.inf
-    neither = p_out & q_out
-    mixture = torch.logaddexp(q.masked_fill(neither, 0.0) + math.log(beta), p.masked_fill(neither, 0.0) + _log1m(beta))
-    from_p = (p.exp() * (p.masked_fill(p_out, 0.0) - mixture)).sum(-1)
-    from_q = (q.exp() * (q.masked_fill(q_out, 0.0) - mixture)).sum(-1)
-    return beta * from_q + (1.0 - beta) * from_p
+    p, q = logprobs_of(student_logits, student_temperature), logprobs_of(teacher_logits, teacher_temperature)
+    return total(_jsd_terms(p, q, beta))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,13 +136,20 @@ class ReverseKL:
     """`reverse_kl` as a component: KL(student || teacher)."""
 
     name: ClassVar[str] = "reverse_kl"
-    supports: ClassVar[frozenset[Support]] = _FULL
+    supports: ClassVar[frozenset[Support]] = _SUPPORTS
+    slope: ClassVar[float] = 1.0
 
     def __call__(
         self, student_logits: Float[Tensor, "*token vocab"], teacher_logits: Float[Tensor, "*token vocab"]
     ) -> Float[Tensor, "*token"]:
         """See `reverse_kl`."""
         return reverse_kl(student_logits, teacher_logits)
+
+    def terms(
+        self, student_logprobs: Float[Tensor, "*token vocab"], teacher_logprobs: Float[Tensor, "*token vocab"]
+    ) -> Float[Tensor, "*token vocab"]:
+        """p_v (log p_v - log q_v)."""
+        return relative_entropy_terms(student_logprobs, teacher_logprobs)
 
     def value_and_gradient(
         self, student_logprobs: Float[Tensor, "*token vocab"], teacher_logprobs: Float[Tensor, "*token vocab"]
@@ -116,13 +171,20 @@ class ForwardKL:
     """`forward_kl` as a component: KL(teacher || student)."""
 
     name: ClassVar[str] = "forward_kl"
-    supports: ClassVar[frozenset[Support]] = _FULL
+    supports: ClassVar[frozenset[Support]] = _SUPPORTS
+    slope: ClassVar[float] = -1.0
 
     def __call__(
         self, student_logits: Float[Tensor, "*token vocab"], teacher_logits: Float[Tensor, "*token vocab"]
     ) -> Float[Tensor, "*token"]:
         """See `forward_kl`."""
         return forward_kl(student_logits, teacher_logits)
+
+    def terms(
+        self, student_logprobs: Float[Tensor, "*token vocab"], teacher_logprobs: Float[Tensor, "*token vocab"]
+    ) -> Float[Tensor, "*token vocab"]:
+        """q_v (log q_v - log p_v)."""
+        return relative_entropy_terms(teacher_logprobs, student_logprobs)
 
     def value_and_gradient(
         self, student_logprobs: Float[Tensor, "*token vocab"], teacher_logprobs: Float[Tensor, "*token vocab"]
@@ -143,7 +205,8 @@ class JSD:
     """`jsd` as a component; `beta` is the weight of the teacher in the mixture and of KL(teacher || mixture)."""
 
     name: ClassVar[str] = "jsd"
-    supports: ClassVar[frozenset[Support]] = _FULL
+    supports: ClassVar[frozenset[Support]] = _SUPPORTS
+    slope: ClassVar[float] = 0.0
     beta: float = 0.5
 
     def __post_init__(self) -> None:
@@ -154,6 +217,12 @@ class JSD:
     ) -> Float[Tensor, "*token"]:
         """See `jsd`."""
         return jsd(student_logits, teacher_logits, beta=self.beta)
+
+    def terms(
+        self, student_logprobs: Float[Tensor, "*token vocab"], teacher_logprobs: Float[Tensor, "*token vocab"]
+    ) -> Float[Tensor, "*token vocab"]:
+        """(1 - beta) p_v (log p_v - log m_v) + beta q_v (log q_v - log m_v)."""
+        return _jsd_terms(student_logprobs, teacher_logprobs, self.beta)
 
     def value_and_gradient(
         self, student_logprobs: Float[Tensor, "*token vocab"], teacher_logprobs: Float[Tensor, "*token vocab"]
@@ -193,12 +262,9 @@ def entropy(logprobs: Float[Tensor, "*token vocab"]) -> Float[Tensor, "*token"]:
     return value.neg_()
 
 
-def _kl(p: Tensor, q: Tensor) -> Tensor:
-    """KL(p || q) of two normalised logprobs, by plain differentiable operations."""
-    terms_out = (p == -math.inf) | (q == -math.inf)
-    infinite = ((q == -math.inf) & (p > -math.inf)).any(-1)
-    log_ratio = p.masked_fill(terms_out, 0.0) - q.masked_fill(terms_out, 0.0)
-    return (p.exp() * log_ratio).sum(-1).masked_fill(infinite, math.inf)
+def _jsd_terms(p: Tensor, q: Tensor, beta: float) -> Tensor:
+    mixture = log_mixture(q, p, beta)
+    return beta * relative_entropy_terms(q, mixture) + (1.0 - beta) * relative_entropy_terms(p, mixture)
 
 
 def _kl_terms(p: Tensor, q: Tensor) -> tuple[Float[Tensor, "*token vocab"], Bool[Tensor, "*token"]]:

@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from moteach.divergences.advantages import group_advantages
 from moteach.errors import ConfigError
 from moteach.types import Prompt, RolloutBatch
 
@@ -78,14 +79,6 @@ class GRPOResult:
     seconds: float
     rewards: tuple[float, ...]
     """Mean reward of each step."""
-
-
-def group_advantages(
-    rewards: Float[Tensor, "prompt sample"], *, epsilon: float = 1e-4
-) -> Float[Tensor, "prompt sample"]:
-    """Returns (reward - mean) / (standard deviation + epsilon) within each row; the deviation divides by the group size."""
-    centred = rewards - rewards.mean(dim=1, keepdim=True)
-    return centred / (rewards.std(dim=1, correction=0, keepdim=True) + epsilon)
 
 
 def policy_gradient_loss(

@@ -8,6 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from moteach.divergences.components import (
+    AdaptiveKL,
+    AlphaBeta,
+    FDivergence,
+    Renyi,
+    SkewForwardKL,
+    SkewReverseKL,
+    ToDi,
+    TotalVariation,
+)
 from moteach.divergences.full import JSD, ForwardKL, ReverseKL, entropy, forward_kl, jsd, reverse_kl
 
 INF = math.inf
@@ -84,19 +94,6 @@ def test_jsd_is_at_most_the_entropy_of_its_weights(beta: float):
     bound = -beta * math.log(beta) - (1 - beta) * math.log(1 - beta)
     excluded = torch.tensor([[0.0, -INF], [-INF, 0.0]], dtype=torch.float64)
     assert jsd(excluded[0], excluded[1], beta=beta).item() == pytest.approx(bound, rel=1e-12)
-
-
-def test_jsd_gradient_stays_bounded_where_reverse_kl_explodes():
-    student = torch.zeros(2, dtype=torch.float64)
-    norms = {"reverse_kl": [], "jsd": []}
-    for epsilon in (1e-2, 1e-6, 1e-12):
-        teacher = torch.tensor([1 - epsilon, epsilon], dtype=torch.float64).log()
-        for divergence in (ReverseKL(), JSD(beta=0.5)):
-            norms[divergence.name].append(
-                divergence.value_and_gradient(student.log_softmax(-1), teacher)[1].abs().sum().item()
-            )
-    assert norms["reverse_kl"][2] > 5 * norms["reverse_kl"][0]
-    assert max(norms["jsd"]) < 0.31
 
 
 @pytest.mark.parametrize("divergence", ALL, ids=ids)
@@ -180,13 +177,22 @@ def test_a_probability_that_underflows_is_not_mistaken_for_an_exclusion():
         assert value.item() == INF
 
 
-@pytest.mark.parametrize("divergence", ALL, ids=ids)
+@pytest.mark.parametrize(
+    "divergence",
+    [
+        *ALL, TotalVariation(), SkewForwardKL(), SkewReverseKL(), AdaptiveKL(), ToDi(), AlphaBeta(),
+        AlphaBeta(alpha=-0.5, beta=-0.6), Renyi(order=0.5), Renyi(order=2.0), FDivergence(),
+        FDivergence(generator="pearson_chi2"),
+    ],
+    ids=repr,
+)  # fmt: skip
 def test_a_nan_of_the_student_stays_visible(divergence):
     p = logits(2, 4)
     p[0, 1] = math.nan
     q = logits(2, 4, seed=1).log_softmax(-1)
     value, _ = divergence.value_and_gradient(p.log_softmax(-1), q)
     assert value.isnan().tolist() == [True, False]
+    assert divergence(p, q).isnan().tolist() == [True, False]
 
 
 @pytest.mark.parametrize("divergence", ALL, ids=ids)
