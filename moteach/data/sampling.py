@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -14,12 +15,31 @@ from moteach.errors import CheckpointError, ConfigError, DataError, nearest
 from moteach.types import Prompt
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepFeedback:
+    """What a step showed about its prompts."""
+
+    step: int
+    divergence: Mapping[str, float]
+    """Mean divergence of each domain that was taught in this step, nats per token."""
+    rewards: Mapping[str, Sequence[float]]
+    """Prompt id to the verified scores of its completions in this step; prompts without a verifier are absent."""
+
+
 @runtime_checkable
 class Sampler(Protocol):
     """Gives the prompts of each step; all of its state fits in a checkpoint."""
 
     def next(self, step: int) -> list[Prompt]:
         """Returns the prompts of a step, none twice."""
+        ...
+
+    def observe(self, feedback: StepFeedback) -> None:
+        """Takes note of what the step showed; called after each step, before the next one and before a checkpoint."""
+        ...
+
+    def metrics(self) -> dict[str, float]:
+        """Returns what to log: `sampler/share/<domain>`, the mixture of the next step, and what else the sampler knows."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
@@ -38,7 +58,10 @@ class _Domain:
     name: str
     rows: Sequence[int]
     share: float
+    carried: float = 0.0
+    """Prompts it was owed when the shares last changed."""
     drawn: int = 0
+    """Prompts drawn since the shares last changed."""
     cursor: int = 0
     deferred: list[int] = field(default_factory=list)
     """Places that were skipped because their prompt was already in the step; they come first in the next one."""
@@ -52,6 +75,8 @@ class FixedMixture:
     `share_d * (prompts so far + prompts_per_step) - drawn_d`, and each prompt of the step goes to the domain that is owed
     most. After any number of steps a domain is within one prompt of its share (within the number of domains in the worst
     case). Inside a domain every epoch is a permutation keyed by (seed, domain, epoch): each prompt comes once an epoch.
+
+    Samplers that change the mixture, or let prompts rest, hold one of these: see `set_shares` and `next`.
 
     Args:
         prompts_per_step: Prompts a step takes.
@@ -115,11 +140,50 @@ class FixedMixture:
         self._domains = [_Domain(name, rows[name], share) for name, share in shares.items() if share > 0]
         return self
 
-    def next(self, step: int) -> list[Prompt]:
+    @property
+    def shares(self) -> dict[str, float]:
+        """Share of each domain that is drawn from; they sum to one."""
+        return {domain.name: domain.share for domain in self._domains}
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Training prompts of each domain that is drawn from."""
+        return {domain.name: len(domain.rows) for domain in self._domains}
+
+    def set_shares(self, shares: Mapping[str, float]) -> None:
+        """Changes the mixture from the next step on.
+
+        Prompts drawn before count by the shares that held then: what is carried over is their rounding, about one prompt,
+        so that no domain is paid for the past, and none is rounded away by frequent changes.
+
+        Args:
+            shares: Share of every domain that is drawn from, summing to one.
+
+        Raises:
+            ConfigError: The domains are others, or the shares are no mixture.
+        """
+        names = [domain.name for domain in self._domains]
+        if set(shares) != set(names):
+            raise ConfigError(f"sampler: expected shares of the domains {sorted(names)}, got {sorted(shares)}")
+        _check_weights(shares, "sampler shares")
+        if not math.isclose(sum(shares.values()), 1.0, abs_tol=1e-9):
+            raise ConfigError(
+                f"sampler: expected shares that sum to one, got {dict(shares)}; steps would be larger or smaller than "
+                "prompts_per_step. Divide them by their sum"
+            )
+        total = sum(domain.drawn for domain in self._domains)
+        for domain in self._domains:
+            domain.carried += domain.share * total - domain.drawn
+            domain.drawn = 0
+            domain.share = shares[domain.name]
+
+    def next(self, step: int, *, rest: Callable[[Prompt], int] | None = None) -> list[Prompt]:
         """Returns the prompts of the next step, domain by domain, none twice.
 
         Args:
             step: Not used: the mixture is the same at every step.
+            rest: How much longer a prompt rests, 0 when it may be drawn. A resting prompt is passed over; when a domain has
+                too few others for the step, those with the least left are taken. None lets no prompt rest.
 
         Raises:
             ConfigError: The sampler is not bound.
@@ -129,13 +193,27 @@ class FixedMixture:
         if not self._domains:
             raise ConfigError("expected a bound sampler, got one without prompts; call sampler.bind(prompts) first")
         quotas = self._quotas()
-        return [p for domain, quota in zip(self._domains, quotas, strict=True) for p in self._take(domain, quota)]
+        return [p for domain, quota in zip(self._domains, quotas, strict=True) for p in self._take(domain, quota, rest)]
+
+    def observe(self, feedback: StepFeedback) -> None:
+        """Ignores it: the mixture is fixed."""
+
+    def metrics(self) -> dict[str, float]:
+        """Returns `sampler/share/<domain>`, the share of each domain in the next step."""
+        return {f"sampler/share/{name}": share for name, share in self.shares.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Returns counters per domain; no prompts."""
         return {
             "domains": {
-                d.name: {"drawn": d.drawn, "cursor": d.cursor, "deferred": list(d.deferred), "size": len(d.rows)}
+                d.name: {
+                    "share": d.share,
+                    "carried": d.carried,
+                    "drawn": d.drawn,
+                    "cursor": d.cursor,
+                    "deferred": list(d.deferred),
+                    "size": len(d.rows),
+                }
                 for d in self._domains
             }
         }
@@ -156,12 +234,14 @@ class FixedMixture:
             )
         for domain in self._domains:
             entry = saved[domain.name]
+            # Absent from checkpoints of runs whose mixture could not change.
+            domain.share, domain.carried = entry.get("share", domain.share), entry.get("carried", 0.0)
             domain.drawn, domain.cursor = int(entry["drawn"]), int(entry["cursor"])
             domain.deferred = [int(place) for place in entry["deferred"]]
 
     def _quotas(self) -> list[int]:
         total = sum(domain.drawn for domain in self._domains) + self.prompts_per_step
-        owed = [domain.share * total - domain.drawn for domain in self._domains]
+        owed = [domain.carried + domain.share * total - domain.drawn for domain in self._domains]
         quotas = [0] * len(owed)
         for _ in range(self.prompts_per_step):
             most = max(range(len(owed)), key=owed.__getitem__)
@@ -169,29 +249,43 @@ class FixedMixture:
             quotas[most] += 1
         return quotas
 
-    def _take(self, domain: _Domain, count: int) -> list[Prompt]:
+    def _take(self, domain: _Domain, count: int, rest: Callable[[Prompt], int] | None) -> list[Prompt]:
         taken: dict[str, Prompt] = {}
         skipped: list[int] = []
-        while len(taken) < count:
-            if len(skipped) > len(domain.rows):
-                raise DataError(
-                    f"sampler: expected at least {count} different prompts of domain '{domain.name}' for one step, got "
-                    f"{len(taken)}; copies would get the same samples. Lower sampler.prompts_per_step or the domain's share"
-                )
+        resting: dict[str, tuple[int, Prompt]] = {}
+        seen: set[int] = set()
+        while len(taken) < count and len(seen) < len(domain.rows):
             place = domain.deferred.pop(0) if domain.deferred else self._advance(domain)
-            prompt = self._train[domain.rows[place]]
-            if text_key(prompt.text) in self._held_out:
-                raise DataError(
-                    f"sampler: the training prompt '{prompt.prompt_id}' is also a held-out one; scores would measure memory. "
-                    "Remove it from one of the two sets"
-                )
+            seen.add(place)
+            prompt = self._trainable(domain.rows[place])
             if prompt.prompt_id in taken:
                 skipped.append(place)
+            elif rest is not None and (left := rest(prompt)) > 0:
+                resting[prompt.prompt_id] = (left, prompt)
             else:
                 taken[prompt.prompt_id] = prompt
         domain.deferred = skipped + domain.deferred
+        if len(taken) < count:
+            # The whole domain was seen and all that does not rest was taken: nobody waits for the next step.
+            domain.deferred = []
+            soonest = sorted(resting.values(), key=lambda entry: entry[0])
+            taken.update((prompt.prompt_id, prompt) for _, prompt in soonest[: count - len(taken)])
+        if len(taken) < count:
+            raise DataError(
+                f"sampler: expected at least {count} different prompts of domain '{domain.name}' for one step, got "
+                f"{len(taken)}; copies would get the same samples. Lower sampler.prompts_per_step or the domain's share"
+            )
         domain.drawn += count
         return list(taken.values())
+
+    def _trainable(self, row: int) -> Prompt:
+        prompt = self._train[row]
+        if text_key(prompt.text) in self._held_out:
+            raise DataError(
+                f"sampler: the training prompt '{prompt.prompt_id}' is also a held-out one; scores would measure memory. "
+                "Remove it from one of the two sets"
+            )
+        return prompt
 
     def _advance(self, domain: _Domain) -> int:
         epoch, position = divmod(domain.cursor, len(domain.rows))
