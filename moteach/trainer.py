@@ -7,19 +7,24 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
+from torch import Tensor
 
 from moteach.checkpoint import Checkpoints, flatten_optimizer, restore_optimizer, restore_tensors, trained_tensors
-from moteach.data.sampling import Sampler
+from moteach.data.sampling import Sampler, StepFeedback
 from moteach.errors import ConfigError, TrainingError
-from moteach.objectives.base import Objective, token_weights
+from moteach.learner import Learner
+from moteach.objectives.balance import balance_metrics
+from moteach.objectives.base import Scored, token_weights
 from moteach.objectives.metrics import rollout_metrics, teacher_metrics, token_metrics
+from moteach.objectives.mix import Mix, outcome_advantages
 from moteach.rollouts.base import RolloutEngine
 from moteach.routing.base import Router
 from moteach.routing.metrics import routing_metrics
 from moteach.students import Student
+from moteach.teachers.base import Teacher
 from moteach.teachers.pool import TeacherPool
 from moteach.tracking.base import Tracker
 from moteach.tracking.traces import Traces
@@ -41,12 +46,13 @@ class TrainerSettings:
     schedule: Schedule = "cosine"
     final_lr_fraction: float = 0.0
     max_grad_norm: float = 1.0
-    micro_batch_size: int | None = None
+    updates_per_step: int = 1
+    gradient_cosine_every: int = 0
     checkpoint_every: int = 0
 
     def __post_init__(self) -> None:
-        if self.micro_batch_size is not None and self.micro_batch_size < 1:
-            raise ConfigError(f"micro_batch_size: expected at least 1 row, got {self.micro_batch_size}")
+        if self.updates_per_step < 1:
+            raise ConfigError(f"updates_per_step: expected at least 1 update, got {self.updates_per_step}")
 
     def lr_at(self, step: int) -> float:
         """Learning rate of the update that takes `step` to `step + 1`: linear warm-up, then the schedule."""
@@ -90,10 +96,9 @@ class Trainer:
     """
 
     settings: TrainerSettings
-    student: Student
+    learner: Learner
     teachers: TeacherPool
     router: Router
-    objective: Objective
     sampler: Sampler
     engine: RolloutEngine
     optimizer: torch.optim.Optimizer
@@ -102,9 +107,19 @@ class Trainer:
     checkpoints: Checkpoints
     grade: Callable[[RolloutBatch], list[float]]
     """Verified score of each rollout, NaN where there is no verifier."""
+    mix: Mix = field(default_factory=Mix)
+    reference: Teacher | None = None
+    """The model the student is held near to, with `mix.reference`."""
+    answers: Callable[[Sequence[Prompt]], RolloutBatch | None] | None = None
+    """Writes the prompts' own answers as completions, with `mix.supervised`."""
     identity: Mapping[str, Any] = field(default_factory=dict)
     """What must be the same on resume; saved with every checkpoint."""
     watch: Stopwatch = field(default_factory=Stopwatch)
+
+    @property
+    def student(self) -> Student:
+        """The model that is trained."""
+        return cast(Student, self.learner.student)
 
     def train(self, start: int = 0) -> None:
         """Runs the steps from `start` to `max_steps`.
@@ -121,48 +136,74 @@ class Trainer:
                 routing = self.router.route([rollout.prompt for rollout in rollouts.rollouts], rollouts)
             with self.watch("score"):
                 evidence = self.teachers.score(rollouts, routing, support=self.settings.support, k=self.settings.k)
+            with self.watch("record"):
+                rewards = self.grade(rollouts)
             with self.watch("update"):
-                output = self.update(step, rollouts, routing, evidence)
+                output = self.update(step, rollouts, routing, evidence, rewards)
             self.engine.sync(self.student.model, version=step + 1)
-            self.record(step + 1, rollouts, routing, evidence, output)
+            self.record(step + 1, rollouts, routing, evidence, rewards, output)
             if self.checkpoint_due(step + 1):
                 self.save(step + 1)
 
-    def update(self, step: int, rollouts: RolloutBatch, routing: Routing, evidence: Evidence) -> LossOutput:
-        """Takes one optimizer step on the batch, micro-batch by micro-batch; the gradients add up exactly."""
-        if not evidence.teachers:
+    def update(
+        self, step: int, rollouts: RolloutBatch, routing: Routing, evidence: Evidence, rewards: Sequence[float]
+    ) -> LossOutput:
+        """Takes the optimizer steps of one batch: `updates_per_step`, each on its own share of the rows."""
+        if not evidence.teachers and self.mix == Mix():
             return LossOutput(loss=torch.zeros(()), denominator=1.0, metrics={"skipped_step": 1.0})
         self.student.train()
+        scored = self.scored(rollouts, routing, evidence, rewards)
+        count = min(self.settings.updates_per_step, len(rollouts))
+        if count > 1 and getattr(self.learner.objective, "needs_proximal", False):
+            scored = replace(scored, proximal_logprobs=self.learner.proximal_logprobs(rollouts))
+        metrics: dict[str, float] = {}
+        every = self.settings.gradient_cosine_every
+        if every and step % every == 0:
+            metrics = self.learner.domain_gradients(scored)
+        outputs, places = [], []
+        # strided, because rows come domain by domain
+        for rows in (range(first, len(rollouts), count) for first in range(count)):
+            part = scored if count == 1 else self._share(scored, rows)
+            outputs.append(self.optimize(step, part))
+            places.append(scored.kept(rows))
+        joined = _joined(outputs, places)
+        return replace(joined, metrics={**joined.metrics, **metrics})
+
+    def scored(self, rollouts: RolloutBatch, routing: Routing, evidence: Evidence, rewards: Sequence[float]) -> Scored:
+        """Joins what the teachers said with what is mixed into their loss."""
+        scored = Scored.of(rollouts, routing, evidence, normalise=self.learner.objective.normalise)
+        if self.mix.outcome > 0:
+            scored = replace(scored, outcome_advantages=outcome_advantages(rollouts, rewards, self.mix))
+        if self.mix.reference > 0 and self.reference is not None:
+            said = self.reference.score(rollouts, support="full")
+            scored = replace(scored, reference=Evidence(teachers=(said,), num_tokens=rollouts.num_tokens))
+        return scored
+
+    def optimize(self, step: int, scored: Scored) -> LossOutput:
+        """Takes one optimizer step, micro-batch by micro-batch; the gradients add up exactly.
+
+        Raises:
+            TrainingError: When the loss or its gradient is not finite; the weights are as they were.
+        """
         self.optimizer.zero_grad(set_to_none=True)
-        output = self.forward(rollouts, routing, evidence)
-        if not bool(torch.isfinite(output.loss)):
-            raise TrainingError(
-                f"the loss of step {step + 1} is {float(output.loss)}; a step would destroy the weights. The last "
-                "checkpoint is in place: lower optim.lr, or choose a bounded divergence (divergence=jsd)"
-            )
+        output = self.learner.loss(scored)
+        metrics: dict[str, float] = {}
+        if self.mix.supervised > 0 and self.answers is not None:
+            gold = self.answers([rollout.prompt for rollout in scored.rollouts.rollouts])
+            metrics["supervised_loss"] = 0.0 if gold is None else self.learner.supervised(gold, self.mix.supervised)
         grad_norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.settings.max_grad_norm)
+        for name, value in (("loss", output.loss), ("norm of the gradient", grad_norm)):
+            if not bool(torch.isfinite(value)):
+                raise TrainingError(
+                    f"the {name} of step {step + 1} is {float(value)}; a step would destroy the weights. The last "
+                    "checkpoint is in place: lower optim.lr, or choose a bounded divergence (divergence=jsd)"
+                )
         lr = self.settings.lr_at(step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
-        return replace(output, metrics={"grad_norm": float(grad_norm), "learning_rate": lr})
-
-    def forward(self, rollouts: RolloutBatch, routing: Routing, evidence: Evidence) -> LossOutput:
-        """Computes the loss of the batch micro-batch by micro-batch, accumulating gradients where they are enabled."""
-        weights = token_weights(rollouts, self.objective.normalise)
-        token_rows = rollouts.token_rows
-        outputs = []
-        for rows in self.micro_batches(len(rollouts)):
-            kept = (token_rows >= rows.start) & (token_rows < rows.stop)
-            if not bool(kept.any()):
-                continue
-            output = self.objective(
-                self.student, rollouts.select(rows), routing.select(rows), evidence.select(kept), weights[kept]
-            )
-            if output.loss.requires_grad:
-                output.loss.backward()  # type: ignore[no-untyped-call]
-            outputs.append(output)
-        return _joined(outputs)
+        metrics |= {"grad_norm": float(grad_norm), "learning_rate": lr}
+        return replace(output, metrics={**output.metrics, **metrics})
 
     @torch.no_grad()
     def held_out_divergence(self, prompts: Sequence[Prompt]) -> dict[str, float]:
@@ -174,30 +215,42 @@ class Trainer:
         rollouts = self.engine.generate(prompts, step=self.settings.max_steps)
         routing = self.router.route([rollout.prompt for rollout in rollouts.rollouts], rollouts)
         evidence = self.teachers.score(rollouts, routing, support=self.settings.support, k=self.settings.k)
-        output = self.forward(rollouts, routing, evidence)
-        found = token_metrics(rollouts, output.token_stats)
+        scored = Scored.of(rollouts, routing, evidence, normalise=self.learner.objective.normalise)
+        found = token_metrics(rollouts, self.learner.loss(scored, weigh=False).token_stats)
         domains = {key.partition("/")[2]: value for key, value in found.items() if key.startswith("divergence/")}
         return {"mean": found["divergence"], **domains}
 
-    def micro_batches(self, rows: int) -> list[range]:
-        """Splits the rows of a batch into consecutive ranges."""
-        size = self.settings.micro_batch_size or max(rows, 1)
-        return [range(begin, min(begin + size, rows)) for begin in range(0, rows, size)]
+    def _share(self, scored: Scored, rows: Sequence[int]) -> Scored:
+        """The rows of one of several updates, weighted as a batch of their own."""
+        part = scored.select(rows)
+        weights = token_weights(part.rollouts, self.learner.objective.normalise)
+        return replace(part, base_weights=weights, token_weights=weights)
 
     def record(
-        self, step: int, rollouts: RolloutBatch, routing: Routing, evidence: Evidence, output: LossOutput
+        self,
+        step: int,
+        rollouts: RolloutBatch,
+        routing: Routing,
+        evidence: Evidence,
+        rewards: Sequence[float],
+        output: LossOutput,
     ) -> None:
-        """Writes the step's metrics and traces."""
+        """Tells the sampler what the step showed, and writes the step's metrics and traces."""
         with self.watch("record"):
-            rewards = self.grade(rollouts)
+            of_tokens = token_metrics(rollouts, output.token_stats)
+            self.sampler.observe(_feedback(step, rollouts, rewards, of_tokens))
             metrics = {
                 "loss": float(output.loss),
-                **token_metrics(rollouts, output.token_stats),
+                **of_tokens,
                 **rollout_metrics(rollouts, rewards),
                 **routing_metrics(routing),
                 **teacher_metrics(evidence),
+                **self.sampler.metrics(),
                 **output.metrics,
             }
+            if "weight" in output.token_stats:
+                before = token_weights(rollouts, self.learner.objective.normalise)
+                metrics |= balance_metrics(rollouts, output.token_stats, before, output.token_stats["weight"])
             self.traces.record(step, rollouts, routing, rewards)
         metrics.update(self.watch.lap())
         for tracker in self.trackers:
@@ -218,6 +271,7 @@ class Trainer:
             "optimizer_groups": groups,
             "sampler": self.sampler.state_dict(),
             "router": self.router.state_dict(),
+            "balance": self.learner.balance.state_dict(),
         }
         tensors = {
             "student": trained_tensors(self.student),
@@ -234,13 +288,32 @@ class Trainer:
         torch.set_rng_state(tensors["rng"]["torch"])
         self.sampler.load_state_dict(state["sampler"])
         self.router.load_state_dict(state["router"])
+        self.learner.balance.load_state_dict(state["balance"])
 
 
-def _joined(outputs: Sequence[LossOutput]) -> LossOutput:
-    """Adds the losses of micro-batches and joins their per-token values, which are in packed order already."""
-    names = outputs[0].token_stats.keys()
+def _joined(outputs: Sequence[LossOutput], places: Sequence[Tensor]) -> LossOutput:
+    """Means of the updates' losses and metrics, and their per-token values in the packed order of the whole batch."""
+    stats: dict[str, Tensor] = {}
+    for output, kept in zip(outputs, places, strict=True):
+        for name, values in output.token_stats.items():
+            stats.setdefault(name, values.new_zeros(len(kept)))[kept] = values
+    names = dict.fromkeys(name for output in outputs for name in output.metrics)
+    found = {name: [output.metrics[name] for output in outputs if name in output.metrics] for name in names}
     return LossOutput(
-        loss=torch.stack([output.loss.detach() for output in outputs]).sum(),
-        denominator=outputs[0].denominator,
-        token_stats={name: torch.cat([output.token_stats[name] for output in outputs]) for name in names},
+        loss=torch.stack([output.loss for output in outputs]).mean(),
+        denominator=1.0,
+        token_stats=stats,
+        metrics={name: sum(values) / len(values) for name, values in found.items()},
     )
+
+
+def _feedback(
+    step: int, rollouts: RolloutBatch, rewards: Sequence[float], metrics: Mapping[str, float]
+) -> StepFeedback:
+    """What a sampler learns from a step."""
+    graded: dict[str, list[float]] = {}
+    for rollout, reward in zip(rollouts.rollouts, rewards, strict=True):
+        if not math.isnan(reward):
+            graded.setdefault(rollout.prompt.prompt_id, []).append(reward)
+    divergence = {name.partition("/")[2]: value for name, value in metrics.items() if name.startswith("divergence/")}
+    return StepFeedback(step=step, divergence=divergence, rewards=graded)

@@ -6,6 +6,7 @@ saves.
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from transformers import DynamicCache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +110,9 @@ class Floor:
         prompt_mask = torch.arange(width) >= width - lengths[:, None]
         self.student.eval()
         with torch.inference_mode():
-            ids, mask, current, past = prompt_ids, prompt_mask, prompt_ids, None
+            ids, mask, current = prompt_ids, prompt_mask, prompt_ids
+            name = "cache" if "cache" in inspect.signature(self.student.forward).parameters else "past_key_values"
+            past = {name: DynamicCache(config=self.student.config)}
             positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
             done = torch.zeros(len(prompts), 1, dtype=torch.bool)
             kept = []
@@ -117,11 +121,10 @@ class Floor:
                     input_ids=current,
                     attention_mask=_or_none(mask, prompt_mask),
                     position_ids=positions,
-                    past_key_values=past,
                     use_cache=True,
                     logits_to_keep=1,
+                    **past,
                 )
-                past = out.past_key_values
                 current = torch.multinomial(out.logits[:, -1].float().softmax(dim=-1), 1)
                 kept.append(~done)
                 done = done | (current == self.eos_id)

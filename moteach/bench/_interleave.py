@@ -113,7 +113,7 @@ def one_step(trainer: Trainer, step: int) -> None:
     rollouts = trainer.engine.generate(trainer.sampler.next(step), step=step, group_size=trainer.settings.group_size)
     routing = trainer.router.route([rollout.prompt for rollout in rollouts.rollouts], rollouts)
     evidence = trainer.teachers.score(rollouts, routing, support=trainer.settings.support, k=trainer.settings.k)
-    trainer.update(step, rollouts, routing, evidence)
+    trainer.update(step, rollouts, routing, evidence, trainer.grade(rollouts))
     trainer.engine.sync(trainer.student.model, version=step + 1)
 
 

@@ -29,12 +29,19 @@ PARTS = ("generate", "route", "score", "update", "record", "other")
 _FLOOR_WORK = {
     "router._target_": "moteach.routing.label.LabelRouter",
     "objective._target_": "moteach.objectives.divergence.DivergenceObjective",
-    "objective.temperature": 1.0,
+    "objective.student_temperature": 1.0,
+    "objective.teacher_temperature": 1.0,
     "divergence._target_": "moteach.divergences.full.ReverseKL",
     "rollout.temperature": 1.0,
     "rollout.top_p": 1.0,
     "rollout.top_k": 0,
     "optim.micro_batch_size": None,
+    "optim.updates_per_step": 1,
+    "balance._target_": "moteach.objectives.balance.NoBalance",
+    "token_weights": {},
+    "mix.outcome": 0.0,
+    "mix.reference": 0.0,
+    "mix.supervised": 0.0,
 }
 """What the floor does; any other value and the two arms do different work."""
 
@@ -163,7 +170,7 @@ def different_work(cfg: Any, *, merged: bool) -> list[str]:
         node = cfg
         for name in key.split("."):
             node = None if node is None else node.get(name)
-        if node != expected and not (node is None and key == "objective.temperature"):
+        if node != expected and not (node is None and key.startswith("objective.")):
             found.append(f"{key}={node}")
     return found
 

@@ -21,17 +21,21 @@ from moteach.config.checks import (
     check_first_step,
     check_labels,
     check_lengths,
+    check_mix,
     check_run_dir,
     check_teachers,
     drawn_prompts,
 )
+from moteach.config.parts import build_balance, build_mix, build_objective, build_token_weights
 from moteach.config.schema import IGNORED_ON_RESUME
 from moteach.data.base import DEFAULT_DOMAIN, PromptSet, check_disjoint, domain_of, fingerprint, rows_by_domain
 from moteach.errors import ConfigError, nearest
 from moteach.evaluation.runner import grade_rollouts
-from moteach.objectives.base import Objective
+from moteach.learner import Learner
+from moteach.objectives.answers import Answers
 from moteach.rollouts.base import RolloutEngine
 from moteach.students import Student
+from moteach.teachers.hf import HFTeacher
 from moteach.teachers.pool import TeacherPool
 from moteach.tracking.base import Tracker, redact
 from moteach.tracking.traces import Traces
@@ -84,14 +88,19 @@ def assemble(cfg: DictConfig, *, trackers: Sequence[Tracker] = ()) -> Job:
     _set_threads(cfg.threads, student)
     trainer = Trainer(
         settings=_settings(cfg),
-        student=student,
+        learner=Learner(
+            student=student,
+            objective=build_objective(cfg),
+            token_weights=tuple(build_token_weights(cfg, tokenizer).values()),
+            balance=build_balance(cfg),
+            micro_batch_size=cfg.optim.micro_batch_size,
+        ),
         teachers=TeacherPool.from_experts(
             {expert.name: expert for expert in experts},
             max_tokens_per_forward=cfg.teachers.max_tokens_per_forward,
             vocab_size=student.vocab_size,
         ),
         router=_router(cfg, experts),
-        objective=build_objective(cfg),
         sampler=_sampler(cfg, prompts, experts),
         engine=build_engine(cfg, student.model, tokenizer),
         optimizer=torch.optim.AdamW(
@@ -105,6 +114,9 @@ def assemble(cfg: DictConfig, *, trackers: Sequence[Tracker] = ()) -> Job:
         traces=Traces(run_dir, decode=decoder(tokenizer), completions=cfg.trace.completions),
         checkpoints=Checkpoints(run_dir / "checkpoints", keep_last=cfg.checkpoint.keep_last),
         grade=partial(grade_rollouts, grade=grade_prompt, decode=decoder(tokenizer)),
+        mix=build_mix(cfg),
+        reference=_reference(cfg, vocab_size=student.vocab_size),
+        answers=Answers(tokenizer) if cfg.mix.supervised > 0 else None,
         identity=identity_of(cfg, experts, prompts),
     )
     job = Job(cfg=cfg, run_dir=run_dir, trainer=trainer, prompts=prompts, experts=experts, tokenizer=tokenizer)
@@ -131,6 +143,7 @@ def _check(job: Job) -> None:
     shares = OmegaConf.select(cfg, "sampler.mixture") or domain_weights(prompts, job.experts)
     drawn = drawn_prompts(prompts, shares)
     check_labels(trainer.router, drawn)
+    check_mix(trainer.mix, drawn)
     held_out = prompts.evaluation if cfg.eval.enabled else ()
     check_lengths(trainer.engine, drawn, held_out, held_out_limit=cfg.eval.max_new_tokens)
     check_first_step(trainer.sampler)
@@ -153,15 +166,19 @@ def build_engine(cfg: DictConfig, model: torch.nn.Module, tokenizer: Any) -> Rol
     return engine
 
 
-def build_objective(cfg: DictConfig) -> Objective:
-    """Makes the objective with the gate, resolver and divergence it asks for."""
-    parts = {
-        "gate": build(cfg.gate, where="gate"),
-        "resolver": build(cfg.conflict, where="conflict"),
-        "divergence": build(cfg.divergence, where="divergence"),
-    }
-    objective: Objective = build(cfg.objective, where="objective", **parts)
-    return objective
+def _reference(cfg: DictConfig, *, vocab_size: int) -> HFTeacher | None:
+    """The frozen model the student is held near to; by default the checkpoint it starts from."""
+    if not cfg.mix.reference > 0:
+        return None
+    named = cfg.mix.reference_model is not None
+    return HFTeacher(
+        teacher_id="reference",
+        model=cfg.mix.reference_model if named else cfg.student.model,
+        revision=cfg.mix.reference_revision if named else cfg.student.revision,
+        dtype=cfg.student.dtype,
+        max_tokens_per_forward=cfg.teachers.max_tokens_per_forward,
+        vocab_size=vocab_size,
+    )
 
 
 def _spec(cfg: DictConfig, name: str) -> ExpertSpec:
@@ -184,7 +201,8 @@ def _settings(cfg: DictConfig) -> TrainerSettings:
         schedule=optim.schedule,
         final_lr_fraction=optim.final_lr_fraction,
         max_grad_norm=optim.max_grad_norm,
-        micro_batch_size=optim.micro_batch_size,
+        updates_per_step=optim.updates_per_step,
+        gradient_cosine_every=cfg.trace.gradient_cosine_every,
         checkpoint_every=cfg.checkpoint.every_steps,
     )
 

@@ -10,6 +10,7 @@ from moteach.catalogue.spec import ExpertSpec
 from moteach.data.base import PromptSet, rows_by_domain
 from moteach.data.sampling import Sampler
 from moteach.errors import ConfigError
+from moteach.objectives.mix import Mix
 from moteach.rollouts.base import RolloutEngine
 from moteach.rollouts.hf import HFEngine
 from moteach.routing.label import LabelRouter
@@ -67,6 +68,20 @@ def check_lengths(
     if isinstance(engine, HFEngine):
         engine.check(drawn)
         engine.check(held_out, max_new_tokens=held_out_limit)
+
+
+def check_mix(mix: Mix, drawn: Sequence[Prompt]) -> None:
+    """Looks for what the terms beside the teachers' loss are made of.
+
+    Raises:
+        ConfigError: No training prompt has a verifier, or none has an answer.
+    """
+    for name, weight, field in (("outcome", mix.outcome, "verifier"), ("supervised", mix.supervised, "answer")):
+        if weight > 0 and not any(getattr(prompt, field) for prompt in drawn):
+            raise ConfigError(
+                f"mix.{name}={weight}: expected training prompts with a column '{field}', got none; the term would be zero "
+                f"throughout. Add the column, or set mix.{name}=0"
+            )
 
 
 def check_first_step(sampler: Sampler) -> None:

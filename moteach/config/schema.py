@@ -66,6 +66,8 @@ class OptimConfig:
     """Global gradient norm above which gradients are scaled down; `inf` turns it off."""
     micro_batch_size: int | None = None
     """Rows of one forward and backward; gradients add up exactly. None: the whole batch."""
+    updates_per_step: int = 1
+    """Optimizer steps per batch of rollouts, each on its own share of the rows; above 1 the later ones are off-policy."""
 
 
 @dataclass
@@ -85,6 +87,23 @@ class EvalConfig:
 
 
 @dataclass
+class MixConfig:
+    """What is mixed into the teachers' loss; a weight of zero leaves a term out."""
+
+    outcome: float = 0.0
+    """Weight of the group-relative advantage of the verified outcome (MiMo-V2-Flash, Eq. 9); needs group_size >= 2."""
+    outcome_normalise: bool = True
+    """Divide a group's centred scores by their standard deviation."""
+    reference: float = 0.0
+    """Weight of the exact KL(student || reference)."""
+    reference_model: str | None = None
+    """Folder or hub id of the reference; None: the checkpoint the student starts from."""
+    reference_revision: str | None = None
+    supervised: float = 0.0
+    """Weight of the cross-entropy on the prompts' own answers."""
+
+
+@dataclass
 class CheckpointConfig:
     """Crash-safe checkpoints; a run that finds one in its `run_dir` resumes."""
 
@@ -100,6 +119,8 @@ class TraceConfig:
 
     completions: bool = True
     """Write `rollouts.parquet` with the text of every completion."""
+    gradient_cosine_every: int = 0
+    """Steps between measurements of the gradients' cosine between domains (one more backward a domain); 0 never."""
 
 
 @dataclass
@@ -126,6 +147,9 @@ class TrainConfig:
     conflict: Any = MISSING
     objective: Any = MISSING
     divergence: Any = MISSING
+    token_weights: dict[str, Any] = field(default_factory=dict)
+    balance: Any = MISSING
+    mix: MixConfig = field(default_factory=MixConfig)
     sampler: Any = MISSING
     rollout: Any = MISSING
     data: Any = MISSING
@@ -185,8 +209,13 @@ class SpecializeConfig:
     expert_path: list[str] = field(default_factory=list)
 
 
-COMPONENT_GROUPS = ("router", "gate", "conflict", "objective", "divergence", "sampler", "rollout", "data")
+COMPONENT_GROUPS = (
+    *("router", "gate", "conflict", "objective", "divergence", "balance", "sampler", "rollout", "data"),
+)
 """Groups whose node is one component: `_target_` and its arguments."""
+
+MULTI_GROUPS = ("token_weights", "tracker")
+"""Groups of which several options may be chosen: a component under the name of each."""
 
 IGNORED_ON_RESUME = frozenset(
     {"run_dir", "tracker", "checkpoint", "threads", "expert_path", "team", "trace", "teachers"}

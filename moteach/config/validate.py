@@ -13,7 +13,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from moteach.config.build import constructor_parameters, resolve_target
-from moteach.config.schema import COMPONENT_GROUPS
+from moteach.config.parts import build_balance, build_objective, build_token_weights
+from moteach.config.schema import COMPONENT_GROUPS, MULTI_GROUPS
 from moteach.errors import ConfigError, UnsupportedCombinationError, nearest
 from moteach.paths import conf_dir
 from moteach.types import Support
@@ -31,6 +32,8 @@ _LEAST: Mapping[str, float] = {
     "optim.warmup_steps": 0,
     "optim.weight_decay": 0,
     "optim.micro_batch_size": 1,
+    "optim.updates_per_step": 1,
+    "trace.gradient_cosine_every": 0,
 }
 
 
@@ -43,8 +46,9 @@ def check_components(cfg: DictConfig) -> None:
     for group in COMPONENT_GROUPS:
         if group in cfg:
             check_component(cfg[group], where=group)
-    for name in cfg.get("tracker", {}):
-        check_component(cfg.tracker[name], where=f"tracker.{name}")
+    for group in MULTI_GROUPS:
+        for name in cfg.get(group, {}):
+            check_component(cfg[group][name], where=f"{group}.{name}")
 
 
 def check_component(node: Any, *, where: str) -> None:
@@ -147,7 +151,8 @@ def check_support(cfg: DictConfig) -> None:
     if name not in typing.get_args(Support):
         raise ConfigError(f"support.name: got '{name}'; {nearest(name, typing.get_args(Support))}")
     used = ["objective", "conflict"]
-    if "divergence" in constructor_parameters(objective):
+    # on the written token alone there is no distribution to compare; an objective that reads it anyway says so in `check`
+    if "divergence" in constructor_parameters(objective) and name != "sampled":
         used.append("divergence")
     for group in used:
         cls = resolve_target(cfg[group]._target_, where=group)
@@ -161,6 +166,31 @@ def check_support(cfg: DictConfig) -> None:
                 f"support={name} is not defined for {group}={cls.__name__}, which takes: {', '.join(supports)}. "
                 f"Choose support={'|'.join(supports)}{instead}"
             )
+
+
+def check_learning(cfg: DictConfig) -> None:
+    """Builds the parts of the loss, which refuse what is not defined, and compares them with each other.
+
+    Raises:
+        ConfigError: An argument is out of range, or a term is asked for that nothing feeds.
+        UnsupportedCombinationError: Two choices are not defined together; says what would go wrong and what to choose.
+    """
+    objective = build_objective(cfg)
+    objective.check(cfg.support.name, cfg.support.k)
+    known = objective.measurable(cfg.support.name)
+    readers = {f"token_weights={name}": part.needs for name, part in build_token_weights(cfg).items()}
+    readers[f"balance={build_balance(cfg).name}"] = build_balance(cfg).needs
+    for reader, needs in readers.items():
+        if not needs <= known:
+            raise UnsupportedCombinationError(
+                f"{reader} reads {', '.join(sorted(needs - known))}, which support={cfg.support.name} does not give "
+                f"{type(objective.main).__name__}; tokens would be weighed by nothing. Choose support=full, or another option"
+            )
+    if cfg.mix.outcome > 0 and cfg.group_size < 2:
+        raise ConfigError(
+            f"mix.outcome={cfg.mix.outcome} needs group_size of at least 2, got {cfg.group_size}; a completion's advantage is "
+            "relative to others of its prompt, and alone it is always zero"
+        )
 
 
 def _option_class(group: str, option: str) -> type:
@@ -227,3 +257,4 @@ def validate(cfg: DictConfig) -> None:
     check_components(cfg)
     check_run(cfg)
     check_support(cfg)
+    check_learning(cfg)

@@ -1,12 +1,14 @@
-"""The protocol of objectives, and how per-token losses become one number."""
+"""The protocol of objectives, what they are given, and how per-token losses become one number."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from jaxtyping import Bool, Float
+from torch import Tensor
 
 from moteach.errors import RoutingError
 from moteach.types import Evidence, Head, LossOutput, RolloutBatch, Routing, Support
@@ -19,6 +21,58 @@ dominates when lengths differ between domains."""
 _LOGITS_PER_CHUNK = 2**22
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scored:
+    """Rollouts with everything that is known about them before the student's forward."""
+
+    rollouts: RolloutBatch
+    routing: Routing
+    evidence: Evidence
+    base_weights: Float[Tensor, " packed"]
+    """Weight of each token by the normalisation alone; sums to one over the global batch, so that micro-batches and ranks
+    simply add."""
+    token_weights: Float[Tensor, " packed"]
+    """`base_weights` after token weights and balance between domains: what the teachers' loss is weighted with."""
+    outcome_advantages: Float[Tensor, " packed"] | None = None
+    """Advantage of the verified outcome at each token, already scaled; the same at every token of a completion."""
+    proximal_logprobs: Float[Tensor, " packed"] | None = None
+    """Logprobs of the written tokens under the student at the beginning of the step, when the step has several updates."""
+    reference: Evidence | None = None
+    """What the reference model says (support `full`), when the student is held near to one."""
+    stats: Mapping[str, Float[Tensor, " packed"]] | None = None
+    """What was measured on these tokens, when something needed it; spares the objective a second look."""
+
+    @classmethod
+    def of(cls, rollouts: RolloutBatch, routing: Routing, evidence: Evidence, *, normalise: Normalise) -> Scored:
+        """Weights the tokens by the normalisation and nothing else."""
+        weights = token_weights(rollouts, normalise)
+        return cls(rollouts=rollouts, routing=routing, evidence=evidence, base_weights=weights, token_weights=weights)
+
+    def select(self, rows: Sequence[int]) -> Scored:
+        """Takes some rows, ascending; weights keep their scale, so that the parts of a batch add up to it."""
+        kept = self.kept(rows)
+
+        def cut(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values[kept]
+
+        return replace(
+            self,
+            rollouts=self.rollouts.select(rows),
+            routing=self.routing.select(rows),
+            evidence=self.evidence.select(kept),
+            base_weights=self.base_weights[kept],
+            token_weights=self.token_weights[kept],
+            outcome_advantages=cut(self.outcome_advantages),
+            proximal_logprobs=cut(self.proximal_logprobs),
+            reference=None if self.reference is None else self.reference.select(kept),
+            stats=None if self.stats is None else {name: values[kept] for name, values in self.stats.items()},
+        )
+
+    def kept(self, rows: Sequence[int]) -> Tensor:
+        """True for the packed tokens of these rows."""
+        return torch.isin(self.rollouts.token_rows, torch.as_tensor(list(rows), dtype=torch.long))
+
+
 @runtime_checkable
 class Objective(Protocol):
     """Turns what teachers said into a loss: gate, then resolve, then divergence or advantage."""
@@ -27,23 +81,35 @@ class Objective(Protocol):
     """Kinds of evidence this objective is defined on."""
     normalise: Normalise
 
-    def __call__(
-        self,
-        student: nn.Module,
-        rollouts: RolloutBatch,
-        routing: Routing,
-        evidence: Evidence,
-        token_weights: Float[Tensor, " packed"],
-    ) -> LossOutput:
-        """Computes sum_t token_weights_t * loss_t, differentiable in the student.
+    def check(self, support: Support, k: int | None) -> None:
+        """Refuses, before anything runs, what is not defined on this evidence.
+
+        Raises:
+            UnsupportedCombinationError: Saying what would go wrong and what to choose instead.
+        """
+        ...
+
+    def measurable(self, support: Support) -> frozenset[str]:
+        """Names of the per-token statistics that `measure` can give on this evidence."""
+        ...
+
+    def taught(self, scored: Scored) -> Bool[Tensor, " packed"]:
+        """True for the tokens that some teacher teaches; needs no look at the student."""
+        ...
+
+    def measure(
+        self, hidden: Float[Tensor, "packed hidden"], head: Head, scored: Scored, wanted: frozenset[str]
+    ) -> dict[str, Float[Tensor, " packed"]]:
+        """Looks at the tokens without gradient; returns at least `wanted` and `abstained`."""
+        ...
+
+    def __call__(self, hidden: Float[Tensor, "packed hidden"], head: Head, scored: Scored) -> LossOutput:
+        """Computes sum_t token_weights_t * loss_t inside the student's forward, differentiable in its arguments.
 
         Args:
-            student: The root module; the loss is computed inside its forward.
-            rollouts: The rows of this micro-batch.
-            routing: The same rows.
-            evidence: What their teachers said.
-            token_weights: Weight of each packed token; sums to one over the whole (global) batch, so that micro-batches
-                and ranks simply add.
+            hidden: The student's states that predict the trained tokens, in packed order.
+            head: Its live head.
+            scored: The rows of this micro-batch.
         """
         ...
 

@@ -11,7 +11,10 @@ from torch import Tensor
 
 from moteach.types import Evidence, RolloutBatch
 
-_MEANS = ("divergence", "student_entropy", "target_entropy", "neg_log_z", "advantages", "importance_ratio", "masked")
+_MEANS = (
+    *("divergence", "student_entropy", "target_entropy", "neg_log_z", "student_mass", "teacher_mass", "log_ratio"),
+    *("advantages", "importance_ratio", "masked", "switched", "reference_divergence"),
+)
 
 
 def rollout_metrics(rollouts: RolloutBatch, rewards: Sequence[float]) -> dict[str, float]:

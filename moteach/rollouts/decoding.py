@@ -84,9 +84,11 @@ class _Model:
 
         self._model = model
         self._cache: Any = DynamicCache(config=model.config)
-        keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
-        self._options: dict[str, Any] = {"use_cache": True, "return_dict": True}
-        if keeps:
+        parameters = inspect.signature(model.forward).parameters
+        # transformers 5.2x renames the argument and warns about the old one at every call
+        name = "cache" if "cache" in parameters else "past_key_values"
+        self._options: dict[str, Any] = {"use_cache": True, "return_dict": True, name: self._cache}
+        if "logits_to_keep" in parameters:
             self._options["logits_to_keep"] = 1
 
     def __call__(
@@ -99,7 +101,6 @@ class _Model:
             input_ids=ids,
             attention_mask=mask,
             position_ids=positions,
-            past_key_values=self._cache,
             **self._options,
         )
         logits: Tensor = output.logits

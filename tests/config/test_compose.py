@@ -22,7 +22,7 @@ CONF = conf_dir()
 OPTIONS = sorted(path for path in CONF.glob("*/*.yaml"))
 COMPONENTS = [path for path in OPTIONS if "_target_" in yaml.safe_load(path.read_text())]
 COMMANDS = sorted(path.stem for path in CONF.glob("*.yaml"))
-LISTS = ("tracker",)
+LISTS = ("tracker", "token_weights")
 
 
 def name_of(path: Path) -> str:
@@ -48,9 +48,9 @@ def overrides_of(path: Path) -> list[str]:
 
 def test_the_top_level_keys_of_a_run_are_these() -> None:
     assert sorted(composed()) == [
-        "checkpoint", "conflict", "data", "divergence", "eval", "expert_path", "experts", "gate", "group_size",
-        "max_steps", "objective", "optim", "rollout", "router", "run_dir", "sampler", "seed", "student", "support",
-        "teachers", "team", "threads", "trace", "tracker",
+        "balance", "checkpoint", "conflict", "data", "divergence", "eval", "expert_path", "experts", "gate",
+        "group_size", "max_steps", "mix", "objective", "optim", "rollout", "router", "run_dir", "sampler", "seed",
+        "student", "support", "teachers", "team", "threads", "token_weights", "trace", "tracker",
     ]  # fmt: skip
 
 
@@ -155,6 +155,14 @@ def test_every_argument_is_annotated_and_keyword_only(path: Path) -> None:
         (["data=jsonl", "data.path=p.jsonl"], "data.path", "p.jsonl"),
         (["run_dir=here"], "run_dir", "here"),
         (["optim.micro_batch_size=4"], "optim.micro_batch_size", 4),
+        (["token_weights=[tip,special_tokens]", "token_weights.tip.rho=.3"], "token_weights.tip.rho", 0.3),
+        (["balance=gap", "balance.reference=anchored"], "balance.reference", "anchored"),
+        (["mix.reference=0.1"], "mix.reference", 0.1),
+        (["mix.outcome=0.5", "group_size=4"], "mix.outcome", 0.5),
+        (["objective=topk", "objective.truncation=corrected"], "objective.truncation", "corrected"),
+        (["objective=topk", "support=topk", "support.k=64", "objective.k=64"], "support.k", 64),
+        (["divergence=alpha_beta", "divergence.alpha=.2"], "divergence.alpha", 0.2),
+        (["sampler=adaptive", "seed=5"], "sampler.seed", 5),
     ],
 )
 def test_overrides_land(overrides: list[str], key: str, value: Any) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 from moteach.config.build import build
 from moteach.conflict.pools import Linear
 from moteach.divergences.full import ReverseKL
-from moteach.objectives.base import Normalise, token_weights
+from moteach.objectives.base import Normalise, Scored
 from moteach.routing.token import PromptGate
 from moteach.types import Evidence, Head, LossOutput, Prompt, Rollout, RolloutBatch, Routing, Support, TeacherEvidence
 
@@ -103,8 +105,9 @@ def routing(rollouts: RolloutBatch, count: int) -> Routing:
 
 def run(objective: Any, routes: Routing, said: Evidence, *, scale: float = 1.0) -> tuple[LossOutput, list[Tensor]]:
     rollouts, student = batch(), Student()
-    weights = token_weights(rollouts, objective.normalise) * scale
-    output = objective(student, rollouts, routes, said, weights)
+    scored = Scored.of(rollouts, routes, said, normalise=objective.normalise)
+    scored = replace(scored, token_weights=scored.token_weights * scale)
+    output = student(rollouts, partial(objective, scored=scored))
     output.loss.backward()
     gradients = [parameter.grad for parameter in student.parameters() if parameter.grad is not None]
     return output, gradients

@@ -10,8 +10,9 @@ import torch
 from moteach.bench.memory import peak_bytes as peak
 from moteach.conflict.pools import Geometric, Linear
 from moteach.conflict.select import Select
-from moteach.divergences.chunked import chunked_divergence, chunked_token_logprobs, measure
+from moteach.divergences.chunked import chunked_divergence, chunked_token_logprobs
 from moteach.divergences.full import JSD, ForwardKL, ReverseKL
+from moteach.divergences.measure import measure
 from moteach.types import Head, TeacherEvidence
 
 VOCAB, HIDDEN, TOKENS, CHUNK = 4096, 8, 96, 16

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from moteach.conflict.pools import Geometric, Linear
 from moteach.conflict.select import Select
-from moteach.divergences.chunked import chunked_divergence, chunked_token_logprobs, chunked_token_stats, measure
+from moteach.divergences.chunked import chunked_divergence, chunked_token_logprobs, chunked_token_stats
 from moteach.divergences.full import JSD, ForwardKL, ReverseKL
+from moteach.divergences.measure import measure
 from moteach.divergences.projection import project
 from moteach.errors import (
     ConfigError,
@@ -40,7 +41,8 @@ class Case:
     teachers: list[TeacherEvidence]
     weights: Tensor
     token_weights: Tensor
-    temperature: float = 1.0
+    student_temperature: float = 1.0
+    teacher_temperature: float = 1.0
 
     @property
     def head(self) -> Head:
@@ -90,7 +92,8 @@ def make_case(n: int, *, seed: int = 0, fancy: bool = True, ragged: bool = False
         teachers=teachers,
         weights=weights.to(dtype),
         token_weights=torch.rand(TOKENS, generator=generator, dtype=torch.float64).to(dtype),
-        temperature=1.7 if fancy else 1.0,
+        student_temperature=1.7 if fancy else 1.0,
+        teacher_temperature=0.8 if fancy else 1.0,
     )
 
 
@@ -123,13 +126,13 @@ def oracle(case: Case, divergence: str, resolver: str) -> tuple[Tensor, dict[str
     loss = torch.zeros((), dtype=torch.float64)
     stats = {k: torch.zeros(TOKENS, dtype=torch.float64) for k in ("divergence", "student_entropy", "target_entropy")}
     stats["neg_log_z"] = torch.zeros(TOKENS, dtype=torch.float64)
-    student = (oracle_logits(case.hidden, case.head) / case.temperature).log_softmax(-1)
+    student = (oracle_logits(case.hidden, case.head) / case.student_temperature).log_softmax(-1)
     for t in range(TOKENS):
         logprobs, weights = [], []
         for k, evidence in enumerate(case.teachers):
             if case.weights[t, k] > 0:
                 (row,) = (evidence.tokens == t).nonzero(as_tuple=True)[0].tolist()
-                logits = oracle_logits(evidence.hidden[row], evidence.head) / case.temperature
+                logits = oracle_logits(evidence.hidden[row], evidence.head) / case.teacher_temperature
                 logprobs.append(logits.log_softmax(-1).detach())
                 weights.append(float(case.weights[t, k]))
         if not weights:
@@ -154,7 +157,8 @@ def run(case: Case, divergence, resolver, size: int, **changes):
         "divergence": divergence,
         "resolver": resolver,
         "chunk_size": size,
-        "temperature": case.temperature,
+        "student_temperature": case.student_temperature,
+        "teacher_temperature": case.teacher_temperature,
     }
     return chunked_divergence(**(arguments | changes))
 
@@ -191,7 +195,7 @@ def test_kernel_equals_autograd_with_ragged_teachers_and_an_abstained_token(dive
     check_against_oracle(case, divergence, resolver, (1, 3, TOKENS))
 
 
-@pytest.mark.parametrize("field", ["scale", "bias", "softcap", "temperature"])
+@pytest.mark.parametrize("field", ["scale", "bias", "softcap", "student_temperature", "teacher_temperature"])
 def test_kernel_equals_autograd_with_each_feature_of_the_head_alone(field: str):
     case, fancy = make_case(2, fancy=False), make_case(2, fancy=True)
     case = replace(case, **{field: getattr(fancy, field)})
@@ -232,7 +236,7 @@ def test_one_teacher_through_any_pool_is_that_teacher():
 def test_a_student_equal_to_its_teacher_has_neither_loss_nor_gradient():
     case = make_case(1)
     evidence = replace(case.teachers[0], hidden=case.hidden.detach(), head=case.head)
-    output = run(case, ReverseKL(), Linear(), 3, teachers=[evidence])
+    output = run(case, ReverseKL(), Linear(), 3, teachers=[evidence], teacher_temperature=case.student_temperature)
     assert output.loss.abs() < 1e-13
     assert all(g.abs().max() < 1e-13 for g in gradients(output.loss, case))
 
@@ -410,7 +414,9 @@ def test_evidence_of_another_support_or_vocabulary_is_refused_by_name():
         run(case, ReverseKL(), Linear(), 4, teachers=[case.teachers[0], other])
 
 
-@pytest.mark.parametrize(("key", "value"), [("chunk_size", 0), ("temperature", 0.0), ("temperature", -1.0)])
+@pytest.mark.parametrize(
+    ("key", "value"), [("chunk_size", 0), ("student_temperature", 0.0), ("teacher_temperature", -1.0)]
+)
 def test_meaningless_settings_are_refused(key: str, value: float):
     case = make_case(1)
     with pytest.raises(ConfigError, match=f"expected {key}"):
@@ -473,20 +479,25 @@ def test_a_divergence_without_a_closed_form_gives_the_same_gradient():
 @pytest.mark.parametrize("chunk_size", [1, 4, TOKENS])
 def test_measure_says_what_the_loss_pass_says_and_adds_overlap_and_spread(chunk_size: int):
     case = make_case(3, seed=5, ragged=True)
-    output = run(case, ReverseKL(), Geometric(), 3)
+    targets = (torch.arange(TOKENS) * 5) % VOCAB
+    output = run(case, ReverseKL(), Geometric(), 3, targets=targets)
+    assert {"student_logprobs", "target_logprobs", "log_ratio"} <= set(output.stats)
     stats = measure(
         student_hidden=case.hidden, student_head=case.head, teachers=case.teachers, weights=case.weights,
-        divergence=ReverseKL(), resolver=Geometric(), chunk_size=chunk_size, temperature=case.temperature, k=4,
+        divergence=ReverseKL(), resolver=Geometric(), chunk_size=chunk_size, student_temperature=case.student_temperature,
+        teacher_temperature=case.teacher_temperature, k=4, targets=targets,
     )  # fmt: skip
     for name, values in output.stats.items():
         torch.testing.assert_close(stats[name], values, rtol=1e-11, atol=1e-13)
-    student = (oracle_logits(case.hidden, case.head) / case.temperature).log_softmax(-1).detach()
+    student = (oracle_logits(case.hidden, case.head) / case.student_temperature).log_softmax(-1).detach()
     for t in range(TOKENS):
         logprobs, weights = [], []
         for k, evidence in enumerate(case.teachers):
             if case.weights[t, k] > 0:
                 row = int((evidence.tokens == t).nonzero())
-                logprobs.append((oracle_logits(evidence.hidden[row], evidence.head) / case.temperature).log_softmax(-1))
+                logprobs.append(
+                    (oracle_logits(evidence.hidden[row], evidence.head) / case.teacher_temperature).log_softmax(-1)
+                )
                 weights.append(float(case.weights[t, k]))
         if not weights:
             assert stats["topk_overlap"][t] == stats["spread"][t] == 0.0
@@ -496,7 +507,15 @@ def test_measure_says_what_the_loss_pass_says_and_adds_overlap_and_spread(chunk_
         assert float(stats["topk_overlap"][t]) == pytest.approx(len(mine & theirs) / 4)
         said = [float(q[student[t].argmax()]) for q in logprobs]
         assert float(stats["spread"][t]) == pytest.approx(max(said) - min(said), abs=1e-12)
+        mass = sum(float(target[v].exp()) for v in mine)
+        assert float(stats["target_mass_on_student_topk"][t]) == pytest.approx(mass, abs=1e-12)
+        likeliest = target[student[t].argmax()]
+        assert int(stats["student_top1_rank"][t]) == sum(bool(value > likeliest) for value in target)
+        written = int(targets[t])
+        assert float(stats["student_logprobs"][t]) == pytest.approx(float(student[t, written]), abs=1e-12)
+        assert float(stats["log_ratio"][t]) == pytest.approx(float(target[written] - student[t, written]), abs=1e-12)
     assert stats["spread"].max() > 0
+    assert stats["student_top1_rank"].max() > 0
 
 
 def test_measure_refuses_an_empty_top_k():
@@ -514,15 +533,19 @@ def test_token_logprobs_equal_autograd(chunk_size: int, fancy: bool):
     case = make_case(1, fancy=fancy)
     targets = torch.arange(TOKENS) % VOCAB
     advantages = torch.linspace(-1, 1, TOKENS, dtype=torch.float64)
-    full = (oracle_logits(case.hidden, case.head) / case.temperature).log_softmax(-1)
+    full = (oracle_logits(case.hidden, case.head) / case.student_temperature).log_softmax(-1)
     expected = full[torch.arange(TOKENS), targets]
-    got = chunked_token_logprobs(case.hidden, case.head, targets, chunk_size=chunk_size, temperature=case.temperature)
+    got = chunked_token_logprobs(
+        case.hidden, case.head, targets, chunk_size=chunk_size, temperature=case.student_temperature
+    )
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-13)
     for a, b in zip(
         gradients((got * advantages).sum(), case), gradients((expected * advantages).sum(), case), strict=True
     ):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-13)
-    both = chunked_token_stats(case.hidden, case.head, targets, chunk_size=chunk_size, temperature=case.temperature)
+    both = chunked_token_stats(
+        case.hidden, case.head, targets, chunk_size=chunk_size, temperature=case.student_temperature
+    )
     torch.testing.assert_close(both.logprobs, expected)
     torch.testing.assert_close(both.entropy, -(full.exp() * full).sum(-1).detach(), rtol=1e-12, atol=1e-13)
     assert not both.entropy.requires_grad

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from moteach.conflict.pools import Geometric, Linear
 from moteach.conflict.select import Select
 from moteach.divergences.full import JSD, ForwardKL, ReverseKL
 from moteach.errors import ConfigError, RoutingError
-from moteach.objectives.base import token_weights
+from moteach.objectives.base import Scored
 from moteach.objectives.divergence import DivergenceObjective
 from moteach.objectives.policy_gradient import PolicyGradientObjective
 from moteach.routing.token import PromptGate
@@ -93,11 +94,13 @@ def sampled(rollouts: RolloutBatch, *teachers: Tensor) -> Evidence:
 
 
 def policy(**arguments: Any) -> PolicyGradientObjective:
-    return PolicyGradientObjective(**{"gate": PromptGate(), "resolver": Select(), **arguments})
+    parts = {"gate": PromptGate(), "resolver": Select(), "divergence": ReverseKL()}
+    return PolicyGradientObjective(**{**parts, **arguments})
 
 
 def run(objective: Any, student: nn.Module, rollouts: RolloutBatch, routes: Routing, evidence: Evidence) -> LossOutput:
-    output: LossOutput = objective(student, rollouts, routes, evidence, token_weights(rollouts, objective.normalise))
+    scored = Scored.of(rollouts, routes, evidence, normalise=objective.normalise)
+    output: LossOutput = student(rollouts, partial(objective, scored=scored))
     if output.loss.requires_grad:
         output.loss.backward()
     return output
@@ -198,7 +201,7 @@ def test_a_batch_outside_the_bounds_moves_nothing() -> None:
 def test_the_advantage_is_clipped_on_both_sides() -> None:
     rollouts = batch([[0, 1, 2, 3, 4]])
     free = run(policy(), Unigram(), rollouts, routing(rollouts, 1.0), sampled(rollouts, TEACHER))
-    clipped = run(policy(advantage_clip=0.5), Unigram(), rollouts, routing(rollouts, 1.0), sampled(rollouts, TEACHER))
+    clipped = run(policy(log_ratio_clip=0.5), Unigram(), rollouts, routing(rollouts, 1.0), sampled(rollouts, TEACHER))
     raw = TEACHER.log_softmax(-1) - STUDENT.log_softmax(-1)
     assert raw.min() < -0.5
     assert raw.max() > 0.5
@@ -239,9 +242,9 @@ def test_a_micro_batch_that_nobody_teaches_is_no_error() -> None:
 def test_evidence_of_another_support_is_refused() -> None:
     rollouts = batch([[1]])
     evidence = Evidence(
-        teachers=(TeacherEvidence(teacher_id="t0", support="full", tokens=torch.tensor([0])),), num_tokens=1
+        teachers=(TeacherEvidence(teacher_id="t0", support="topk", tokens=torch.tensor([0])),), num_tokens=1
     )
-    with pytest.raises(RoutingError, match=r"'t0' gave no logprob.*got full\. Set support=sampled"):
+    with pytest.raises(RoutingError, match=r"'t0' gave no logprob.*got topk\. Set support=sampled"):
         run(policy(), Unigram(), rollouts, routing(rollouts, 1.0), evidence)
 
 
@@ -251,7 +254,7 @@ def test_evidence_of_another_support_is_refused() -> None:
         ({"ratio_low": 1.0}, "ratio_low < 1 < ratio_high"),
         ({"ratio_high": 1.0}, "ratio_low < 1 < ratio_high"),
         ({"ratio_low": -0.1}, "ratio_low < 1 < ratio_high"),
-        ({"advantage_clip": 0.0}, "advantage_clip: expected nats above 0"),
+        ({"log_ratio_clip": 0.0}, "log_ratio_clip: expected a number above 0"),
         ({"chunk_size": 0}, "chunk_size: expected at least 1"),
     ],
 )
@@ -286,16 +289,16 @@ def test_micro_batches_add_up_to_the_whole_batch(kind: str, normalise: Any, rows
     else:
         evidence = sampled(rollouts, TEACHER, OTHER)
         objective = policy(resolver=Geometric(), normalise=normalise, ratio_low=0.01, ratio_high=100.0)
-    weights = token_weights(rollouts, normalise)
+    scored = Scored.of(rollouts, routes, evidence, normalise=normalise)
     whole = Bigram()
-    expected = objective(whole, rollouts, routes, evidence, weights)
+    expected = whole(rollouts, partial(objective, scored=scored))
     expected.loss.backward()
 
     parts = Bigram()
     loss, stats = torch.zeros(()), []
     for group in rows:
-        kept = torch.isin(rollouts.token_rows, torch.tensor(group))
-        output = objective(parts, rollouts.select(group), routes.select(group), evidence.select(kept), weights[kept])
+        part = scored.select(group)
+        output = parts(part.rollouts, partial(objective, scored=part))
         output.loss.backward()
         loss = loss + output.loss.detach()
         stats.append(output.token_stats["divergence"])
@@ -323,26 +326,33 @@ def test_the_divergence_objective_is_the_weighted_mean_of_its_divergence() -> No
     entry = TeacherEvidence(
         teacher_id="t0", support="full", tokens=torch.arange(3), hidden=states, head=Head(weight=head)
     )
-    for temperature in (1.0, 2.0):
+    for student_temperature, teacher_temperature in ((1.0, 1.0), (2.0, 1.0), (1.0, 2.0)):
         objective = DivergenceObjective(
             gate=PromptGate(),
             resolver=Select(),
             divergence=ReverseKL(),
             normalise="sequence_mean",
-            temperature=temperature,
+            student_temperature=student_temperature,
+            teacher_temperature=teacher_temperature,
         )
         evidence = Evidence(teachers=(entry,), num_tokens=3)
         output = run(objective, student, rollouts, routing(rollouts, 1.0), evidence)
         hidden = rollouts.pack(student.embedding[rollouts.input_ids]).detach().double()
-        ours = (hidden @ student.head.detach().double().T / temperature).log_softmax(-1)
-        theirs = (states.double() @ head.double().T / temperature).log_softmax(-1)
+        ours = (hidden @ student.head.detach().double().T / student_temperature).log_softmax(-1)
+        theirs = (states.double() @ head.double().T / teacher_temperature).log_softmax(-1)
         per_token = (ours.exp() * (ours - theirs)).sum(-1)
         expected = per_token @ torch.tensor([0.25, 0.25, 0.5]).double()
         assert float(output.loss) == pytest.approx(float(expected), rel=1e-5)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"), [({"chunk_size": 0}, "chunk_size"), ({"temperature": 0.0}, "temperature")]
+    ("arguments", "message"),
+    [
+        ({"chunk_size": 0}, "chunk_size"),
+        ({"student_temperature": 0.0}, "student_temperature"),
+        ({"teacher_temperature": -1.0}, "teacher_temperature"),
+        ({"discount": 1.5}, "discount"),
+    ],
 )
 def test_a_divergence_objective_of_nothing_is_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):

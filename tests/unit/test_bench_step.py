@@ -44,16 +44,21 @@ def test_choices_that_the_floor_does_not_follow_are_named():
     cfg = OmegaConf.create(
         {
             "router": {"_target_": "moteach.routing.label.UniformRouter"},
-            "objective": {"_target_": "moteach.objectives.divergence.DivergenceObjective", "temperature": 1.0},
+            "objective": {"_target_": "moteach.objectives.divergence.DivergenceObjective", "student_temperature": 1.0},
             "divergence": {"_target_": "moteach.divergences.full.ReverseKL"},
             "rollout": {"temperature": 1.0, "top_p": 0.9, "top_k": 0},
-            "optim": {"micro_batch_size": None},
+            "optim": {"micro_batch_size": None, "updates_per_step": 1},
+            "balance": {"_target_": "moteach.objectives.balance.TokenShare"},
+            "token_weights": {},
+            "mix": {"outcome": 0.0, "reference": 0.5, "supervised": 0.0},
         }
     )
     assert different_work(cfg, merged=True) == [
         "several teachers per prompt",
         "router._target_=moteach.routing.label.UniformRouter",
         "rollout.top_p=0.9",
+        "balance._target_=moteach.objectives.balance.TokenShare",
+        "mix.reference=0.5",
     ]
 
 
@@ -85,7 +90,7 @@ def test_the_benchmark_measures_both_arms_on_any_config_of_train(tmp_path, capsy
         (["step", "warmup=x"], "got 'x'"),
         (["memory", "otu=x"], "did you mean 'out'"),
         (["figure", "out=x.svg"], r"runs=[DIR,DIR]"),
-        (["_floor"], "valid choices: figure, memory, step"),
+        (["_floor"], "valid choices: divergence, figure, memory, step"),
     ],
 )
 def test_what_cannot_be_run_is_one_line_and_code_2(argv, message, capsys):

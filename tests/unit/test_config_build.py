@@ -42,7 +42,7 @@ def test_interpolations_are_resolved() -> None:
 def test_objects_are_handed_over_as_they_are_and_only_when_asked_for() -> None:
     gate, resolver, divergence = PromptGate(), Linear(), JSD(beta=0.1)
     objective = build(
-        {"_target_": "moteach.objectives.divergence.DivergenceObjective", "temperature": 2.0},
+        {"_target_": "moteach.objectives.divergence.DivergenceObjective", "teacher_temperature": 2.0},
         where="objective",
         gate=gate,
         resolver=resolver,
@@ -50,10 +50,10 @@ def test_objects_are_handed_over_as_they_are_and_only_when_asked_for() -> None:
         nobody_takes=1,
     )
     assert isinstance(objective, DivergenceObjective)
-    assert objective.gate is gate
-    assert objective.resolver is resolver
+    assert objective.teaching.gate is gate
+    assert objective.teaching.resolver is resolver
     assert objective.divergence is divergence
-    assert objective.temperature == 2.0
+    assert objective.teacher_temperature == 2.0
 
 
 def test_what_a_constructor_refuses_is_its_own_error() -> None:

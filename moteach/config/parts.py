@@ -1,0 +1,51 @@
+"""The parts of the loss, from their config nodes; building them needs no model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from omegaconf import DictConfig
+
+from moteach.config.build import build
+from moteach.objectives.balance import Balance
+from moteach.objectives.mix import Mix, MixedObjective
+from moteach.objectives.token_weights import TokenWeighting
+
+
+def build_objective(cfg: DictConfig) -> MixedObjective:
+    """Makes the objective with the gate, resolver and divergence it asks for, and what is mixed into it."""
+    parts = {
+        "gate": build(cfg.gate, where="gate"),
+        "resolver": build(cfg.conflict, where="conflict"),
+        "divergence": build(cfg.divergence, where="divergence"),
+    }
+    return MixedObjective(build(cfg.objective, where="objective", **parts), build_mix(cfg))
+
+
+def build_mix(cfg: DictConfig) -> Mix:
+    """Reads the weights of the terms beside the teachers' loss."""
+    mix = cfg.mix
+    return Mix(
+        outcome=mix.outcome,
+        outcome_normalise=mix.outcome_normalise,
+        reference=mix.reference,
+        supervised=mix.supervised,
+    )
+
+
+def build_token_weights(cfg: DictConfig, tokenizer: Any = None) -> dict[str, TokenWeighting]:
+    """Makes the token weights by name; some are told the tokenizer's special tokens."""
+    given: dict[str, Any] = {}
+    if tokenizer is not None:
+        eos = getattr(tokenizer, "eos_token_id", None)
+        given["tokenizer_special_ids"] = frozenset(int(token) for token in tokenizer.all_special_ids)
+        given["tokenizer_eos_ids"] = frozenset(() if eos is None else (int(eos),))
+    return {
+        str(name): build(cfg.token_weights[name], where=f"token_weights.{name}", **given) for name in cfg.token_weights
+    }
+
+
+def build_balance(cfg: DictConfig) -> Balance:
+    """Makes the balance between domains."""
+    balance: Balance = build(cfg.balance, where="balance")
+    return balance
