@@ -22,7 +22,7 @@ def run(argv: Sequence[str]) -> None:
     if not argv or argv[0] in ("-h", "--help", "help"):
         print("usage: moteach bench NAME [overrides] [out=FILE.json]\n")
         for name, about in known.items():
-            print(f"  {name:<8} {about}")
+            print(f"  {name:<10} {about}")
         return
     name, rest = argv[0], argv[1:]
     if name not in known:
