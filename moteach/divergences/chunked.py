@@ -3,8 +3,8 @@
 For each chunk: student hidden -> logprobs; each teacher's hidden -> logprobs -> pool; divergence between the two; its
 gradient, made in the forward pass (`moteach.divergences.fused`). Nothing of the size `[teacher, packed, vocab]` or
 `[packed, vocab]` ever exists: memory above the inputs and the gradients is O(chunk_size x vocab), whatever the number of
-teachers, for pools that stream. A teacher's head is projected only for the tokens that give this teacher a positive
-weight, and tokens of the same teachers share chunks.
+teachers: pools that hold all of them get chunks that many times smaller. A teacher's head is projected only for the
+tokens that give this teacher a positive weight, and tokens of the same teachers share chunks.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from moteach.divergences.base import Divergence, Pool, PoolTarget, value_and_gradient
+from moteach.divergences.disagreement import span
 from moteach.divergences.full import entropy
 from moteach.divergences.fused import (
     ChunkedOutput,
@@ -88,7 +89,7 @@ class PooledJob:
 
     def chunks(self, student_hidden: Tensor) -> Iterator[EvaluatedChunk]:
         """Pools and compares one chunk after the other."""
-        for group in self.plan.chunks():
+        for group in self.plan.chunks(held=not self.resolver.streams):
             yield self._evaluate(student_hidden, group)
 
     def _evaluate(self, student_hidden: Tensor, group: Group) -> EvaluatedChunk:
@@ -146,7 +147,7 @@ class PooledJob:
             hidden=hidden,
             student=student,
             target=pool.finish(),
-            spread=None if high is None or low is None else high - low,
+            spread=None if high is None or low is None else span(low, high),
         )
 
     def _teacher_logprobs(self, column: int, group: Group) -> Tensor:

@@ -84,7 +84,7 @@ def measure(
     chosen = frozenset(name for name in (*OF_TOPK, *OF_TOP1) if wanted is None or name in wanted)
     stats = empty_stats(student_hidden, student_head, (*job.stat_names, *sorted(chosen)))
     with torch.no_grad():
-        for group in job.plan.chunks():
+        for group in job.plan.chunks(held=not resolver.streams):
             pooled = job.pool(student_hidden.detach(), group, spread="spread" in chosen)
             record(stats, group.tokens, job.compare(pooled)[2])
             record(stats, group.tokens, _more(pooled, k, chosen))
