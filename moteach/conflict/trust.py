@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -15,7 +15,7 @@ from moteach.conflict.power import PowerAccumulator, check_exponent
 from moteach.conflict.select import Select
 from moteach.divergences.disagreement import pairwise_jsd
 from moteach.divergences.full import entropy
-from moteach.errors import ConfigError, UnknownChoiceError, nearest
+from moteach.errors import ConfigError
 from moteach.types import Support
 
 Disagreement = Literal["jsd", "neg_log_z"]
@@ -111,7 +111,6 @@ class Agreement:
 
     Raises:
         ConfigError: gamma is negative or not finite, or r is not finite.
-        UnknownChoiceError: There is no such disagreement.
     """
 
     name: ClassVar[str] = "agreement"
@@ -128,10 +127,6 @@ class Agreement:
             raise ConfigError(
                 f"conflict.gamma: expected a finite number of at least 0, got {self.gamma}; tokens on which teachers disagree "
                 "would count more, or not be finite"
-            )
-        if self.disagreement not in get_args(Disagreement):
-            raise UnknownChoiceError(
-                f"conflict.disagreement: got '{self.disagreement}'; {nearest(self.disagreement, get_args(Disagreement))}"
             )
 
     def accumulator(self, **context: Tensor) -> Accumulator:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -75,7 +76,7 @@ def test_the_unnormalised_mean_grows_with_the_exponent_between_minimum_and_maxim
     sampled = q.permute(1, 2, 0).reshape(-1, 3)
     rows = w.repeat_interleave(VOCAB, 0)
     ladder = [Power(r=r).resolve_sampled(sampled, rows) for r in (-30.0, -1.0, 0.0, 1e-6, 0.5, 1.0, 4.0, 30.0)]
-    for low, high in zip(ladder, ladder[1:], strict=False):
+    for low, high in itertools.pairwise(ladder):
         assert (high > low - 1e-13).all()
         assert (high - low).max() > 1e-7
     assert (ladder[0] >= sampled.amin(-1)).all()
