@@ -179,7 +179,9 @@ def test_anchored_never_teaches_what_the_anchor_excludes():
     pool = torch.tensor([[0.2, 0.5, 0.3]], dtype=torch.float64).log()
     target = moved(anchor, pool, 5.0)
     assert target[0, 2] == -INF
-    torch.testing.assert_close(target.exp()[0, :2], torch.tensor([2 / 7, 5 / 7], dtype=torch.float64), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        target.exp()[0, :2], torch.tensor([2 / 7, 5 / 7], dtype=torch.float64), rtol=0, atol=1e-12
+    )
 
 
 # contested tokens
