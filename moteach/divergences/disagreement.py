@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from itertools import combinations
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from moteach.divergences.full import jsd
 from moteach.divergences.terms import relative_entropy_terms
+
+OF_TEACHERS = ("spread", "argmax_disagreement", "teacher_jsd")
+"""Statistics of several teachers that share a token, see `moteach.divergences.measure`."""
 
 
 def pairwise_jsd(
@@ -76,10 +80,14 @@ def argmax_disagreement(teacher_logprobs: Float[Tensor, "teacher *token vocab"])
     Returns:
         One value a token, from 0 to 1.
     """
-    n = len(teacher_logprobs)
-    likeliest = teacher_logprobs.argmax(-1).movedim(0, -1)
-    differ = (likeliest.unsqueeze(-1) != likeliest.unsqueeze(-2)).sum((-1, -2))
-    return differ.to(teacher_logprobs.dtype) / max(n * (n - 1), 1)
+    return differing_pairs(teacher_logprobs.argmax(-1).movedim(0, -1)).to(teacher_logprobs.dtype)
+
+
+def differing_pairs(ids: Int[Tensor, "*token teacher"]) -> Float[Tensor, "*token"]:
+    """Share of the pairs of teachers that name different ids, in float64; zero for a single teacher."""
+    n = ids.shape[-1]
+    differ = (ids.unsqueeze(-1) != ids.unsqueeze(-2)).sum((-1, -2))
+    return differ.double() / max(n * (n - 1), 1)
 
 
 def spread(
@@ -102,3 +110,40 @@ def spread(
 def span(low: Float[Tensor, "*token"], high: Float[Tensor, "*token"]) -> Float[Tensor, "*token"]:
     """Difference of two logprobs, high minus low, and zero where both are -inf."""
     return torch.where(low == high, 0.0, high - low)
+
+
+class Watch:
+    """Takes the teachers of a chunk one at a time and tells how far they are from each other.
+
+    Args:
+        student_logprobs: Logprobs of the student.
+        wanted: Which of `OF_TEACHERS` to make; others are ignored. Only `teacher_jsd` holds the teachers.
+    """
+
+    def __init__(self, student_logprobs: Float[Tensor, "token vocab"], wanted: Collection[str]) -> None:
+        self._wanted = wanted
+        self._watched = student_logprobs.argmax(-1, keepdim=True) if "spread" in wanted else None
+        self._said: list[Tensor] = []
+        self._likeliest: list[Tensor] = []
+        self._held: list[Tensor] = []
+
+    def add(self, teacher_logprobs: Float[Tensor, "token vocab"]) -> None:
+        """Looks at one teacher."""
+        if self._watched is not None:
+            self._said.append(teacher_logprobs.gather(-1, self._watched).squeeze(-1))
+        if "argmax_disagreement" in self._wanted:
+            self._likeliest.append(teacher_logprobs.argmax(-1))
+        if "teacher_jsd" in self._wanted:
+            self._held.append(teacher_logprobs.clone())
+
+    def finish(self) -> dict[str, Float[Tensor, " token"]]:
+        """Returns the wanted statistics."""
+        found: dict[str, Tensor] = {}
+        if self._said:
+            said = torch.stack(self._said)
+            found["spread"] = span(said.amin(0), said.amax(0))
+        if self._likeliest:
+            found["argmax_disagreement"] = differing_pairs(torch.stack(self._likeliest, dim=-1))
+        if self._held:
+            found["teacher_jsd"] = mean_pairwise_jsd(torch.stack(self._held))
+        return found
