@@ -65,7 +65,8 @@ class Consensus:
     """Where teachers agree, the normalised mean of their logprobs; where they do not, the routed teacher alone.
 
     The mean is plain, whatever the weights, over the teachers that have any, as in the authors' code, which does not normalise
-    it; the weights say who is routed: the largest, the first of a tie. Give the routed teacher more weight than the others, or contested tokens go to whoever is listed first.
+    it. The weights say who is routed: the largest, the first of a tie. Give the routed teacher more weight than the others, or
+    contested tokens go to whoever is listed first.
 
     Args:
         nats: Largest spread of a token on which teachers agree, at least 0.

@@ -101,7 +101,7 @@ class Agreement:
 
     The form of the weight is UniSD's (arXiv 2605.06597), which divides the disagreement by the 95th percentile of the batch
     and caps it; a chunk does not know the batch, so here it is in nats and unscaled. The factor lowers the total weight of
-    the loss: it is part of the target, not a `token_weights`, which would keep the total.
+    the loss: it is part of the target. `token_weights=agreement` is UniSD's, keeps the total and goes with any target.
 
     Args:
         gamma: Strength, at least 0; the weight is 1/2 at a disagreement of 1 / gamma nats.
@@ -247,20 +247,30 @@ def moved(
     if nats in (0.0, math.inf):
         return towards if nats else anchor
     excluded = anchor == -math.inf
-    tilt = (towards - anchor).masked_fill(excluded, 0.0)
     outside = (excluded & (towards > -math.inf)).any(-1)
-    reached = ~outside & (_distance(towards, tilt) <= nats)
-    low, high = torch.zeros_like(reached, dtype=anchor.dtype), torch.ones_like(reached, dtype=anchor.dtype)
+    tilt = (towards - anchor).masked_fill_(excluded, 0.0)
+    far = outside | ~(_distance(towards, tilt) <= nats)
+    if not bool(far.any()):
+        return towards
+    point = _last_within(anchor[far], tilt[far], nats)
+    return towards.masked_scatter(far.unsqueeze(-1), point)
+
+
+def _last_within(
+    anchor: Float[Tensor, "token vocab"], tilt: Float[Tensor, "token vocab"], nats: float
+) -> Float[Tensor, "token vocab"]:
+    """The normalised anchor + s tilt with the largest s for which the divergence to the anchor is within the budget."""
+    low, high = torch.zeros_like(anchor[:, :1]), torch.ones_like(anchor[:, :1])
     for _ in range(2 - math.frexp(torch.finfo(anchor.dtype).eps)[1]):
         middle = (low + high) / 2
-        log_z = (anchor + middle.unsqueeze(-1) * tilt).logsumexp(-1, keepdim=True)
-        step = middle.unsqueeze(-1) * tilt - log_z
-        fits = _distance(anchor + step, step) <= nats
+        shift = middle * tilt
+        point = anchor + shift
+        log_z = point.logsumexp(-1, keepdim=True)
+        fits = (_distance(point.sub_(log_z), shift.sub_(log_z)) <= nats).unsqueeze(-1)
         low, high = torch.where(fits, middle, low), torch.where(fits, high, middle)
-    part = low.unsqueeze(-1)
-    point = torch.where(part > 0, anchor + part * tilt, anchor)
-    point = torch.where(part > 0, point.log_softmax(-1), anchor)
-    return torch.where(reached.unsqueeze(-1), towards, point)
+    moves = low > 0
+    point = torch.where(moves, anchor + low * tilt, anchor)
+    return torch.where(moves, point.log_softmax(-1), anchor)
 
 
 def _distance(

@@ -136,6 +136,16 @@ def test_one_hot_weights_select_bitwise_beside_mixed_ones(path: Path, dtype: tor
     assert (target.neg_log_z[hot < 3] == 0).all()
 
 
+def test_float32_stays_near_float64_for_sharp_teachers(path: Path):
+    generator = torch.Generator().manual_seed(11)
+    q = torch.randn(3, 20, 500, generator=generator, dtype=torch.float64).mul(6).log_softmax(-1)
+    w = torch.rand(20, 3, generator=generator, dtype=torch.float64).softmax(-1)
+    exact, rounded = pool(build(path), q, w), pool(build(path), q.float(), w.float())
+    assert rounded.logprobs.dtype == torch.float32
+    torch.testing.assert_close(rounded.logprobs.double(), exact.logprobs, rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close(rounded.neg_log_z.double(), exact.neg_log_z, rtol=1e-5, atol=2e-5)
+
+
 @pytest.mark.parametrize("said", [-math.inf, math.nan])
 def test_a_zero_weight_silences_whatever_a_teacher_says(path: Path, said: float):
     q, w = teachers(4), weights(4)

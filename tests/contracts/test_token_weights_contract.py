@@ -89,7 +89,7 @@ def tokens_of(rollouts: RolloutBatch, rows: list[int]) -> Tensor:
 def test_there_are_options() -> None:
     assert {path.stem for path in FILES} >= {
         "tip", "teachability", "selectkd", "position", "trust_region", "special_tokens", "first_tokens", "entropy_top",
-        "contested",
+        "contested", "agreement",
     }  # fmt: skip
 
 
