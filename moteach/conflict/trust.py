@@ -150,7 +150,8 @@ class _AgreementAccumulator:
     def __init__(self, settings: Agreement) -> None:
         self._settings = settings
         self._target = PowerAccumulator(r=settings.r)
-        self._meter = PowerAccumulator(r=1.0 if settings.disagreement == "jsd" else 0.0)
+        measures = 1.0 if settings.disagreement == "jsd" else 0.0
+        self._meter = self._target if settings.r == measures else PowerAccumulator(r=measures)
         self._entropy: Tensor | None = None
 
     def add(self, teacher_logprobs: Float[Tensor, "token vocab"], weights: Float[Tensor, " token"]) -> None:
@@ -159,10 +160,12 @@ class _AgreementAccumulator:
             self._entropy = weighted if self._entropy is None else self._entropy + weighted
         # power means leave what they are given as it is
         self._target.add(teacher_logprobs, weights)
-        self._meter.add(teacher_logprobs, weights)
+        if self._meter is not self._target:
+            self._meter.add(teacher_logprobs, weights)
 
     def finish(self) -> Target:
-        target, meter = self._target.finish(), self._meter.finish()
+        target = self._target.finish()
+        meter = target if self._meter is self._target else self._meter.finish()
         apart = meter.neg_log_z if self._entropy is None else (entropy(meter.logprobs) - self._entropy).clamp(min=0.0)
         weight = 1.0 / (1.0 + self._settings.gamma * apart)
         return Target(logprobs=target.logprobs, token_weight=weight, neg_log_z=target.neg_log_z)
@@ -174,9 +177,9 @@ class Anchored:
 
     The target is the point p_s proportional to anchor^(1-s) pool^s, s in [0, 1], with the largest s for which
     KL(p_s || anchor) <= nats. That divergence grows with s (its derivative is s times the variance of log(pool / anchor) under
-    p_s), so bisection finds it to the last bit, and p_s is the distribution nearest to the pool, in KL(p || pool), among
-    those within the budget. The anchor is the teacher with the largest weight, the first of a tie. What the anchor excludes
-    stays excluded, at any finite budget.
+    p_s), so bisection finds it to the last bit, in 24 looks at a chunk in float32 and 53 in float64, which makes it the dearest
+    of the pools; and p_s is the distribution nearest to the pool, in KL(p || pool), among those within the budget. The anchor
+    is the teacher with the largest weight, the first of a tie. What it excludes stays excluded, at any finite budget.
 
     Args:
         nats: Budget, at least 0; at 0 it is `select`, at infinity the pool.
