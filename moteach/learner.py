@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from moteach.data.base import domain_of
+from moteach.divergences.disagreement import OF_TEACHERS
 from moteach.divergences.logprobs import chunked_token_logprobs
 from moteach.objectives.balance import Balance, NoBalance, apply_balance
 from moteach.objectives.base import Objective, Scored, token_weights, tokens_per_chunk
@@ -135,7 +136,10 @@ class Learner:
             stats = self._look(hidden, head, scored) if self.wanted else self._known(scored)
             scored, metrics = self._weighed(scored, stats)
         output = self.objective(hidden, head, scored)
-        stats = {**output.token_stats, "weight": scored.token_weights}
+        between = {
+            name: scored.stats[name] for name in OF_TEACHERS if scored.stats is not None and name in scored.stats
+        }
+        stats = {**between, **output.token_stats, "weight": scored.token_weights}
         return replace(output, token_stats=stats, metrics={**output.metrics, **metrics})
 
     def _look(self, hidden: Tensor, head: Head, scored: Scored) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ a constant of the optimisation: no gradient flows into it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -13,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from moteach.errors import RoutingError
+from moteach.errors import RoutingError, UnsupportedCombinationError
 from moteach.types import Support
 
 SUM_TOLERANCE = 5e-3
@@ -29,7 +30,8 @@ class Target:
     token_weight: Float[Tensor, "*token"] | None
     """Factor on the loss of each token, for pools that trust some tokens less; None stands for one."""
     neg_log_z: Float[Tensor, "*token"]
-    """-log of the normaliser of the pool, in nats: how much the teachers disagree; zero for pools without one."""
+    """-log of the normaliser of the pool, in nats: how much the teachers disagree; zero for pools without one, and negative
+    only for power means of an exponent above one, whose mass exceeds one."""
 
 
 @runtime_checkable
@@ -65,7 +67,10 @@ class Resolver(Protocol):
 
     @property
     def streams(self) -> bool:
-        """Whether an accumulator holds one distribution, however many teachers are added."""
+        """Whether an accumulator holds one distribution or two, however many teachers are added.
+
+        The kernel gives pools that hold all teachers chunks that many times smaller.
+        """
 
     def accumulator(self, **context: Tensor) -> Accumulator:
         """Starts the pool of one chunk of tokens; `context` holds what `needs` names, not to be modified."""
@@ -130,3 +135,44 @@ def check_weights(weights: Float[Tensor, "*token teacher"]) -> None:
             f"do not, the first being {worst}; their target would not be a distribution. Leave out abstained tokens "
             "(all weights zero) and renormalise when a teacher failed"
         )
+
+
+def whole_distributions_only(name: str, what: str) -> UnsupportedCombinationError:
+    """Makes the error of a pool that cannot work on the logprob of the written token.
+
+    Args:
+        name: The pool.
+        what: What it reads that one logprob does not tell.
+
+    Returns:
+        The error, to be raised.
+    """
+    return UnsupportedCombinationError(
+        f"conflict={name} reads {what}, which the logprob of the written token does not tell; expected whole distributions. "
+        "Set support=full, or conflict=select, linear, geometric or power"
+    )
+
+
+class HeldTeachers:
+    """An accumulator that keeps every teacher of the chunk, for pools that compare them with each other.
+
+    Args:
+        pool: Makes the target from `[teacher token vocab]` logprobs, which it may overwrite, and `[teacher token]` weights.
+    """
+
+    def __init__(self, pool: Callable[[Tensor, Tensor], Target]) -> None:
+        self._pool = pool
+        self._logprobs: list[Tensor] = []
+        self._weights: list[Tensor] = []
+
+    def add(self, teacher_logprobs: Float[Tensor, "token vocab"], weights: Float[Tensor, " token"]) -> None:
+        """Keeps one teacher."""
+        self._logprobs.append(teacher_logprobs)
+        self._weights.append(weights)
+
+    def finish(self) -> Target:
+        """Pools those that were kept."""
+        assert self._logprobs, "finish() before add()"
+        logprobs, weights = torch.stack(self._logprobs), torch.stack(self._weights)
+        self._logprobs.clear()
+        return self._pool(logprobs, weights)

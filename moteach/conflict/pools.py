@@ -104,6 +104,9 @@ class _LinearAccumulator:
         # log 1 = 0 and logaddexp(x, -inf) = x exactly, which is what makes a one-hot weight equal to selection bitwise
         if not bool((weights == 1.0).all()):
             teacher_logprobs.add_(weights.log().unsqueeze(-1))
+        silent = weights == 0.0
+        if bool(silent.any()):
+            teacher_logprobs.masked_fill_(silent.unsqueeze(-1), -math.inf)
         if self._pooled is None:
             self._pooled = teacher_logprobs
         else:

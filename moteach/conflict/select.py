@@ -1,4 +1,4 @@
-"""Hard choice: the teacher with the largest weight teaches the token alone."""
+"""Hard choice: one teacher teaches the token alone, the one with the largest weight or the surest of its likeliest token."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from moteach.conflict.base import Accumulator, Target, check_weights
+from moteach.conflict.base import Accumulator, Target, check_weights, whole_distributions_only
 from moteach.types import Support
 
 
@@ -46,6 +46,48 @@ class Select:
         """
         check_weights(weights)
         return sampled_logprobs.gather(-1, weights.argmax(-1, keepdim=True)).squeeze(-1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaxPeak:
+    """The target is bitwise the distribution of the teacher with the largest w_k max_v q_k(v); a tie goes to the first.
+
+    With equal weights it is the max-peak routing of N-OPSD, for teachers that are near duplicates with complementary
+    corrections, where averaging costs the corrections; its quantile gate is not part of this.
+    """
+
+    name: ClassVar[str] = "max_peak"
+    supports: ClassVar[frozenset[Support]] = frozenset({"full"})
+    needs: ClassVar[frozenset[str]] = frozenset()
+    streams: ClassVar[bool] = True
+
+    def accumulator(self, **context: Tensor) -> Accumulator:
+        """Starts a selection; it holds one distribution."""
+        return _PeakAccumulator()
+
+    def resolve_sampled(
+        self, sampled_logprobs: Float[Tensor, "packed teacher"], weights: Float[Tensor, "packed teacher"]
+    ) -> Float[Tensor, " packed"]:
+        """Refused: the written token need not be the likeliest.
+
+        Raises:
+            UnsupportedCombinationError: Always.
+        """
+        raise whole_distributions_only(self.name, "the largest probability of a teacher")
+
+
+class _PeakAccumulator:
+    """A selection by weight times largest probability."""
+
+    def __init__(self) -> None:
+        self._best = _SelectAccumulator()
+
+    def add(self, teacher_logprobs: Float[Tensor, "token vocab"], weights: Float[Tensor, " token"]) -> None:
+        peaks = weights * teacher_logprobs.amax(-1).exp()
+        self._best.add(teacher_logprobs, peaks.masked_fill(weights == 0.0, 0.0))
+
+    def finish(self) -> Target:
+        return self._best.finish()
 
 
 class _SelectAccumulator:

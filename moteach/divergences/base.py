@@ -106,6 +106,10 @@ class Pool(Protocol):
     def needs(self) -> frozenset[str]:
         """Names of what `accumulator` must be given."""
 
+    @property
+    def streams(self) -> bool:
+        """Whether its memory does not grow with the number of teachers; chunks are smaller where it does."""
+
     def accumulator(self, **context: Tensor) -> PoolAccumulator:
         """Starts a pool for one chunk of tokens."""
 

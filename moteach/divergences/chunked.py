@@ -3,20 +3,20 @@
 For each chunk: student hidden -> logprobs; each teacher's hidden -> logprobs -> pool; divergence between the two; its
 gradient, made in the forward pass (`moteach.divergences.fused`). Nothing of the size `[teacher, packed, vocab]` or
 `[packed, vocab]` ever exists: memory above the inputs and the gradients is O(chunk_size x vocab), whatever the number of
-teachers, for pools that stream. A teacher's head is projected only for the tokens that give this teacher a positive
-weight, and tokens of the same teachers share chunks.
+teachers: pools that hold all of them get chunks that many times smaller. A teacher's head is projected only for the
+tokens that give this teacher a positive weight, and tokens of the same teachers share chunks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from moteach.divergences.base import Divergence, Pool, PoolTarget, value_and_gradient
+from moteach.divergences.disagreement import Watch
 from moteach.divergences.full import entropy
 from moteach.divergences.fused import (
     ChunkedOutput,
@@ -58,8 +58,8 @@ class Pooled:
     hidden: Float[Tensor, "token hidden"]
     student: StudentChunk
     target: PoolTarget
-    spread: Float[Tensor, " token"] | None
-    """Largest minus smallest logprob the teachers give to the student's likeliest token."""
+    between: dict[str, Float[Tensor, " token"]]
+    """How far the teachers are from each other, by the name of the statistic; empty for a single teacher."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +88,7 @@ class PooledJob:
 
     def chunks(self, student_hidden: Tensor) -> Iterator[EvaluatedChunk]:
         """Pools and compares one chunk after the other."""
-        for group in self.plan.chunks():
+        for group in self.plan.chunks(held=not self.resolver.streams):
             yield self._evaluate(student_hidden, group)
 
     def _evaluate(self, student_hidden: Tensor, group: Group) -> EvaluatedChunk:
@@ -126,19 +126,19 @@ class PooledJob:
             stats["log_ratio"] = stats["target_logprobs"] - stats["student_logprobs"]
         return value, gradient, stats
 
-    def pool(self, student_hidden: Tensor, group: Group, *, spread: bool = False) -> Pooled:
-        """Makes the student's logprobs and the pooled target of one chunk; one teacher is in memory at a time."""
+    def pool(self, student_hidden: Tensor, group: Group, *, wanted: Collection[str] = ()) -> Pooled:
+        """Makes the student's logprobs and the pooled target of one chunk.
+
+        One teacher is in memory at a time, unless the resolver or a `wanted` statistic of `OF_TEACHERS` compares them.
+        """
         hidden = student_hidden.index_select(0, group.tokens)
         student = student_chunk(hidden, self.head, self.student_temperature)
-        watched = student.logprobs.argmax(-1, keepdim=True) if spread and len(group.columns) > 1 else None
-        low = high = None
+        watch = Watch(student.logprobs, wanted) if len(group.columns) > 1 and wanted else None
         pool = self.resolver.accumulator(**({"student_logprobs": student.logprobs} if self.resolver.needs else {}))
         for column in group.columns:
             logprobs = self._teacher_logprobs(column, group).to(student.logprobs.dtype)
-            if watched is not None:
-                seen = logprobs.gather(-1, watched).squeeze(-1)
-                low = seen if low is None else torch.minimum(low, seen)
-                high = seen if high is None else torch.maximum(high, seen)
+            if watch is not None:
+                watch.add(logprobs)
             pool.add(logprobs, self.plan.weights[:, column].index_select(0, group.tokens).to(logprobs.dtype))
             del logprobs
         return Pooled(
@@ -146,7 +146,7 @@ class PooledJob:
             hidden=hidden,
             student=student,
             target=pool.finish(),
-            spread=None if high is None or low is None else high - low,
+            between={} if watch is None else watch.finish(),
         )
 
     def _teacher_logprobs(self, column: int, group: Group) -> Tensor:

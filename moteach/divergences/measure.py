@@ -13,13 +13,14 @@ from torch import Tensor
 
 from moteach.divergences.base import Divergence, Pool
 from moteach.divergences.chunked import Pooled, make_job
+from moteach.divergences.disagreement import OF_TEACHERS
 from moteach.divergences.fused import empty_stats, record
 from moteach.errors import ConfigError
 from moteach.types import Head, TeacherEvidence
 
 OF_TOPK = ("topk_overlap", "target_mass_on_student_topk")
 """Statistics of the student's likeliest tokens; they need a sort of each distribution."""
-OF_TOP1 = ("student_top1_rank", "spread")
+OF_TOP1 = ("student_top1_rank",)
 """Statistics of the student's likeliest token."""
 
 
@@ -52,14 +53,17 @@ def measure(
         teacher_temperature: Divides every teacher's logits.
         targets: The tokens the student wrote; without them there are no statistics of the written token.
         k: How many of the likeliest tokens are compared (at most the vocabulary); 16 in arXiv 2604.13016 and 2605.26844.
-        wanted: Which of the statistics that need a look at the likeliest tokens to make; None makes all of them.
+        wanted: Which of the statistics beyond those of the loss to make; None makes all of them.
 
     Returns:
         The statistics of `chunked_divergence` (with `targets` those of the written token too) and, 0 where abstained:
         `topk_overlap` - share of the student's k likeliest tokens that are among the target's (arXiv 2604.13016, Eq. 6);
         `target_mass_on_student_topk` - probability the target gives to the student's k likeliest tokens;
         `student_top1_rank` - number of tokens that the target ranks above the student's likeliest one, 0 where they agree;
-        `spread` - largest minus smallest logprob the token's teachers give to the student's likeliest token, nats.
+        `spread` - largest minus smallest logprob the token's teachers give to the student's likeliest token, nats;
+        `argmax_disagreement` - share of the pairs of the token's teachers whose likeliest tokens differ;
+        `teacher_jsd` - mean Jensen-Shannon divergence of these pairs, nats; it holds all teachers of a chunk, which is made
+        that many times smaller. The last three are 0 where one teacher has all the weight.
 
     Raises:
         ConfigError: `chunk_size`, a temperature or `k` is not positive.
@@ -81,11 +85,11 @@ def measure(
         teacher_temperature=teacher_temperature,
         targets=targets,
     )
-    chosen = frozenset(name for name in (*OF_TOPK, *OF_TOP1) if wanted is None or name in wanted)
+    chosen = frozenset(name for name in (*OF_TOPK, *OF_TOP1, *OF_TEACHERS) if wanted is None or name in wanted)
     stats = empty_stats(student_hidden, student_head, (*job.stat_names, *sorted(chosen)))
     with torch.no_grad():
-        for group in job.plan.chunks():
-            pooled = job.pool(student_hidden.detach(), group, spread="spread" in chosen)
+        for group in job.plan.chunks(held=not resolver.streams or "teacher_jsd" in chosen):
+            pooled = job.pool(student_hidden.detach(), group, wanted=chosen & {*OF_TEACHERS})
             record(stats, group.tokens, job.compare(pooled)[2])
             record(stats, group.tokens, _more(pooled, k, chosen))
             del pooled
@@ -107,6 +111,5 @@ def _more(pooled: Pooled, k: int, chosen: Collection[str]) -> dict[str, Tensor]:
     if "student_top1_rank" in chosen:
         likeliest = target.gather(-1, student.argmax(-1, keepdim=True))
         found["student_top1_rank"] = (target > likeliest).sum(-1).to(student.dtype)
-    if pooled.spread is not None:
-        found["spread"] = pooled.spread
+    found |= pooled.between
     return {name: values for name, values in found.items() if name in chosen}

@@ -39,10 +39,11 @@ class Plan:
     """Tokens to which no teacher gave any weight."""
     chunk_size: int
 
-    def chunks(self) -> Iterator[Group]:
-        """Cuts the groups into pieces of at most `chunk_size` tokens."""
+    def chunks(self, *, held: bool = False) -> Iterator[Group]:
+        """Cuts the groups into pieces of at most `chunk_size` tokens, over the teachers where all are `held` at once."""
         for group in self.groups:
-            for tokens in torch.split(group.tokens, self.chunk_size):
+            size = max(1, self.chunk_size // len(group.columns)) if held else self.chunk_size
+            for tokens in torch.split(group.tokens, size):
                 yield Group(tokens=tokens, columns=group.columns)
 
 

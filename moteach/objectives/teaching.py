@@ -11,6 +11,7 @@ from torch import Tensor
 from moteach.conflict.base import Resolver
 from moteach.divergences.base import Divergence
 from moteach.divergences.chunked import OF_WRITTEN
+from moteach.divergences.disagreement import OF_TEACHERS
 from moteach.divergences.logprobs import chunked_token_stats
 from moteach.divergences.measure import OF_TOP1, OF_TOPK, measure
 from moteach.errors import RoutingError
@@ -19,7 +20,7 @@ from moteach.routing.base import Gate
 from moteach.types import Evidence, Head, TeacherEvidence
 
 FULL_STATS = frozenset(
-    {"divergence", "student_entropy", "target_entropy", "neg_log_z", *OF_TOPK, *OF_TOP1, *OF_WRITTEN}
+    {"divergence", "student_entropy", "target_entropy", "neg_log_z", *OF_TOPK, *OF_TOP1, *OF_TEACHERS, *OF_WRITTEN}
 )
 """What can be measured where teachers give their whole distribution."""
 SAMPLED_STATS = frozenset({*OF_WRITTEN, "student_entropy"})

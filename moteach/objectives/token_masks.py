@@ -97,6 +97,53 @@ class Teachability:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Contested:
+    """Open-MOPD's mask (arXiv 2608.19098, M3): drops the tokens on which teachers differ, and scales up the others.
+
+    A token is contested when the spread, the largest minus the smallest logprob that its teachers give to the student's
+    likeliest token, exceeds the threshold. Tokens with a single teacher are not contested, so it takes a router or a gate
+    that gives weight to several. `conflict=mask` is the same without scaling up, `conflict=consensus` teaches the contested
+    tokens by the routed teacher.
+
+    Args:
+        nats: Threshold, at least 0; null when `quantile` is given.
+        quantile: Threshold as a quantile of the batch's spreads, in [0, 1]; null when `nats` is given.
+
+    Raises:
+        ConfigError: Not exactly one of them is given, or it is out of range.
+    """
+
+    name: ClassVar[str] = "contested"
+    needs: ClassVar[frozenset[str]] = frozenset({"spread"})
+    nats: float | None = 1.0
+    quantile: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.nats is None) == (self.quantile is None):
+            raise ConfigError(
+                f"token_weights.contested: expected one threshold, got nats={self.nats} and quantile={self.quantile}; set the "
+                "other one to null"
+            )
+        if not (self.nats or 0) >= 0 or not 0 <= (self.quantile or 0) <= 1:
+            raise ConfigError(
+                f"token_weights.contested: expected nats of at least 0, or a quantile from 0 to 1, got nats={self.nats} and "
+                f"quantile={self.quantile}; every token would be contested, or none"
+            )
+
+    def weights(
+        self, rollouts: RolloutBatch, stats: Mapping[str, Float[Tensor, " packed"]]
+    ) -> Float[Tensor, " packed"]:
+        """1 for the tokens on which teachers agree, 0 for the others."""
+        taught = taught_tokens(stats)
+        spread = stats["spread"][taught]
+        threshold = self.nats or 0.0
+        if self.quantile is not None and len(spread):
+            # an infinite spread, where one teacher excludes the token, is the largest there can be
+            threshold = quantile(spread.clamp(max=torch.finfo(spread.dtype).max), self.quantile)
+        return _spread(spread <= threshold, taught, like=stats["abstained"])
+
+
+@dataclass(frozen=True, kw_only=True)
 class EntropyTop:
     """Revisiting OPD (arXiv 2603.25562): keeps the highest student entropies of each sample.
 

@@ -273,6 +273,56 @@ class TrustRegion:
         return torch.where(trust < threshold, outside, torch.ones_like(trust)).masked_fill(~taught, 0.0)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Agreement:
+    """UniSD (arXiv 2605.06597): w = max(floor, 1 / (1 + gamma min(d / Q, cap))), d how far the token's teachers are apart.
+
+    Q is a quantile of the batch's disagreements. The authors' code takes the variance or the range of the teachers' logprobs
+    of the *written* token; `spread` is that range on the student's likeliest token. Tokens of a single teacher agree.
+
+    Args:
+        gamma: Strength, at least 0.
+        of: The disagreement: `spread`, `teacher_jsd` or `neg_log_z`, see `moteach.divergences.measure`.
+        scale_quantile: Quantile of the batch that counts as a disagreement of one, in (0, 1]; at least 1e-6 nats.
+        cap: Largest disagreement in units of the quantile, above 0.
+        floor: Smallest weight, in [0, 1].
+
+    Raises:
+        ConfigError: An argument is out of range.
+    """
+
+    name: ClassVar[str] = "agreement"
+    gamma: float = 1.0
+    of: Literal["spread", "teacher_jsd", "neg_log_z"] = "spread"
+    scale_quantile: float = 0.95
+    cap: float = 10.0
+    floor: float = 0.01
+
+    def __post_init__(self) -> None:
+        if not (self.gamma >= 0 and 0 < self.scale_quantile <= 1 and self.cap > 0 and 0 <= self.floor <= 1):
+            raise ConfigError(
+                "token_weights.agreement: expected gamma >= 0, 0 < scale_quantile <= 1, cap > 0 and 0 <= floor <= 1, got "
+                f"{self.gamma}, {self.scale_quantile}, {self.cap} and {self.floor}; contested tokens would count more, or none"
+            )
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The disagreement."""
+        return frozenset({self.of})
+
+    def weights(
+        self, rollouts: RolloutBatch, stats: Mapping[str, Float[Tensor, " packed"]]
+    ) -> Float[Tensor, " packed"]:
+        """Weighs by agreement."""
+        taught = taught_tokens(stats)
+        apart = stats[self.of].clamp(max=torch.finfo(stats[self.of].dtype).max)
+        if not bool(taught.any()):
+            return torch.zeros_like(apart)
+        unit = max(quantile(apart[taught], self.scale_quantile), 1e-6)
+        weights = 1.0 / (1.0 + self.gamma * (apart / unit).clamp(max=self.cap))
+        return weights.clamp(min=self.floor).masked_fill(~taught, 0.0)
+
+
 def quantile(values: Float[Tensor, " token"], q: float) -> float:
     """The q-quantile with linear interpolation between order statistics: position q (n - 1) of the sorted values.
 

@@ -77,6 +77,12 @@ WRONG = [
     ("support=sampled", r"support=sampled is not defined for objective=DivergenceObjective.*objective=policy_gradient"),
     ("objective=sampled_loss", r"support=full is not defined for objective=.*Choose support=sampled"),
     ("support=topk objective=policy_gradient", r"support=topk is not defined for objective=.*full, sampled"),
+    ("conflict=agreement conflict.disagreement=entropy", r"conflict\.disagreement: expected one of jsd, neg_log_z"),
+    ("conflict=anchored conflict.nats=-1", r"conflict\.nats: expected a budget of at least 0 nats, got -1"),
+    (
+        "support=sampled objective=policy_gradient conflict=max_peak",
+        r"support=sampled is not defined for conflict=MaxPeak.*conflict=geometric\|linear\|power\|select",
+    ),
     ("support=topk objective=topk conflict=linear", r"support=topk is not defined for conflict=Linear"),
     (
         "support=topk objective=topk objective.k=64",

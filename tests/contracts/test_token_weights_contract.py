@@ -69,6 +69,7 @@ def measured(rollouts: RolloutBatch) -> dict[str, Tensor]:
         "target_logprobs": target,
         "log_ratio": target - student,
         MASS: torch.rand(count, generator=generator),
+        "spread": 2 * torch.rand(count, generator=generator),
         "student_top1_rank": torch.randint(0, 12, (count,), generator=generator).float(),
     }
     return {name: values.masked_fill(abstained, 0.0) for name, values in stats.items()} | {
@@ -88,6 +89,7 @@ def tokens_of(rollouts: RolloutBatch, rows: list[int]) -> Tensor:
 def test_there_are_options() -> None:
     assert {path.stem for path in FILES} >= {
         "tip", "teachability", "selectkd", "position", "trust_region", "special_tokens", "first_tokens", "entropy_top",
+        "contested", "agreement",
     }  # fmt: skip
 
 

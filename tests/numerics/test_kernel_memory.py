@@ -9,7 +9,9 @@ import torch
 
 from moteach.bench.memory import peak_bytes as peak
 from moteach.conflict.pools import Geometric, Linear
+from moteach.conflict.power import Power
 from moteach.conflict.select import Select
+from moteach.conflict.trust import Trimmed
 from moteach.divergences.chunked import chunked_divergence, chunked_token_logprobs
 from moteach.divergences.full import JSD, ForwardKL, ReverseKL
 from moteach.divergences.measure import measure
@@ -59,6 +61,14 @@ def job(
 def test_memory_does_not_grow_with_the_number_of_teachers(resolver, divergence):
     one, five = (peak(job(n, resolver=resolver, divergence=divergence)) for n in (1, 5))
     assert five < 1.2 * one
+
+
+def test_pools_that_merge_or_compare_teachers_stay_within_a_few_chunks():
+    """Holding all teachers takes smaller chunks, not more memory."""
+    for pool in (Power(r=0.5), Trimmed()):
+        small, large = (peak(job(n, resolver=pool)) - GRADIENTS for n in (2, 5))
+        assert large < 1.2 * small
+        assert large < 10 * SLAB
 
 
 def test_memory_is_a_few_chunks_and_far_below_one_full_vocabulary_tensor():

@@ -476,6 +476,11 @@ def test_a_divergence_without_a_closed_form_gives_the_same_gradient():
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
+def oracle_jsd(p: Tensor, q: Tensor) -> Tensor:
+    middle = ((p.exp() + q.exp()) / 2).log()
+    return (p.exp() * (p - middle) + q.exp() * (q - middle)).sum() / 2
+
+
 @pytest.mark.parametrize("chunk_size", [1, 4, TOKENS])
 def test_measure_says_what_the_loss_pass_says_and_adds_overlap_and_spread(chunk_size: int):
     case = make_case(3, seed=5, ragged=True)
@@ -500,8 +505,13 @@ def test_measure_says_what_the_loss_pass_says_and_adds_overlap_and_spread(chunk_
                 )
                 weights.append(float(case.weights[t, k]))
         if not weights:
-            assert stats["topk_overlap"][t] == stats["spread"][t] == 0.0
+            assert stats["topk_overlap"][t] == stats["spread"][t] == stats["teacher_jsd"][t] == 0.0
             continue
+        pairs = list(itertools.combinations(logprobs, 2))
+        apart = [float(oracle_jsd(*pair)) for pair in pairs] or [0.0]
+        assert float(stats["teacher_jsd"][t]) == pytest.approx(sum(apart) / len(apart), abs=1e-12)
+        differ = [float(a.argmax() != b.argmax()) for a, b in pairs] or [0.0]
+        assert float(stats["argmax_disagreement"][t]) == pytest.approx(sum(differ) / len(differ), abs=1e-12)
         target, _ = oracle_target("geometric", logprobs, weights)
         mine, theirs = set(student[t].topk(4).indices.tolist()), set(target.topk(4).indices.tolist())
         assert float(stats["topk_overlap"][t]) == pytest.approx(len(mine & theirs) / 4)
@@ -516,6 +526,8 @@ def test_measure_says_what_the_loss_pass_says_and_adds_overlap_and_spread(chunk_
         assert float(stats["log_ratio"][t]) == pytest.approx(float(target[written] - student[t, written]), abs=1e-12)
     assert stats["spread"].max() > 0
     assert stats["student_top1_rank"].max() > 0
+    assert stats["teacher_jsd"].max() > 0.01
+    assert 0 < float(stats["argmax_disagreement"].mean()) < 1
 
 
 def test_measure_refuses_an_empty_top_k():

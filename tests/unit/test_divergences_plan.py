@@ -32,6 +32,15 @@ def test_tokens_are_grouped_by_the_set_of_their_teachers():
     assert plan().abstained.tolist() == [False, False, True, False, False, False]
 
 
+def test_chunks_whose_teachers_are_all_held_are_that_many_times_smaller():
+    teachers = [evidence(name, [0, 1, 2, 3, 4, 5, 6]) for name in "abc"]
+    third = torch.full((7, 3), 1 / 3, dtype=torch.float64)
+    for size, lengths in ((6, [2, 2, 2, 1]), (2, [1] * 7)):
+        made = make_plan(teachers=teachers, weights=third, vocab=5, chunk_size=size)
+        assert [len(chunk.tokens) for chunk in made.chunks(held=True)] == lengths
+    assert [len(chunk.tokens) for chunk in made.chunks()] == [2, 2, 2, 1]
+
+
 def test_chunks_hold_one_group_and_at_most_chunk_size_tokens():
     chunks = [(chunk.columns, chunk.tokens.tolist()) for chunk in plan(2).chunks()]
     assert sorted(chunks) == [((0,), [0, 3]), ((0,), [5]), ((0, 1), [1]), ((1,), [4])]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moteach.errors import ConfigError, TrainingError, UnsupportedCombinationError
 from moteach.objectives.token_masks import (
+    Contested,
     EntropyTop,
     FirstTokens,
     SpecialTokens,
@@ -22,6 +23,7 @@ from moteach.objectives.token_masks import (
     top_fraction,
 )
 from moteach.objectives.token_weights import (
+    Agreement,
     PositionBias,
     SelectKd,
     TrustRegion,
@@ -368,3 +370,39 @@ def test_trust_bounds_the_signal_of_a_rejected_token_by_one_over_e() -> None:
 def test_arguments_out_of_range_are_refused(cls: type, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         cls(**arguments)
+
+
+def test_contested_tokens_are_dropped_at_a_threshold_in_nats() -> None:
+    seen = stats(spread=[0.0, 0.9, 1.0, 1.1, math.inf])
+    assert Contested(nats=1.0).weights(of_lengths(5), seen).tolist() == [1, 1, 1, 0, 0]
+
+
+def test_contested_tokens_are_dropped_at_a_quantile_of_the_taught_ones() -> None:
+    seen = stats(spread=[4.0, 1.0, 2.0, 3.0, math.inf, 0.0], abstained=[0.0, 0.0, 0.0, 0.0, 0.0, 1.0])
+    assert Contested(nats=None, quantile=0.5).weights(of_lengths(6), seen).tolist() == [0, 1, 1, 1, 0, 0]
+    assert Contested(nats=None, quantile=0.0).weights(of_lengths(6), seen).tolist() == [0, 1, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize(("nats", "quantile"), [(None, None), (1.0, 0.5), (-1.0, None), (None, 1.5), (math.nan, None)])
+def test_contested_takes_one_threshold(nats: float | None, quantile: float | None) -> None:
+    with pytest.raises(ConfigError, match=r"token_weights\.contested: expected"):
+        Contested(nats=nats, quantile=quantile)
+
+
+def test_agreement_is_its_formula_with_a_unit_from_the_batch_a_cap_and_a_floor() -> None:
+    apart = [0.0, 1.0, 2.0, 3.0, math.inf, 9.0]
+    seen = stats(neg_log_z=apart, abstained=[0.0, 0.0, 0.0, 0.0, 0.0, 1.0])
+    weighting = Agreement(gamma=2.0, of="neg_log_z", scale_quantile=0.5, cap=3.0, floor=0.15)
+    assert weighting.needs == {"neg_log_z"}
+    expected = [1.0, 1 / 2.0, 1 / 3.0, 1 / 4.0, 0.15, 0.0]
+    assert weighting.weights(of_lengths(6), seen).tolist() == pytest.approx(expected)
+    flat = stats(spread=[0.0, 0.0])
+    assert Agreement().weights(of_lengths(2), flat).tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    "bad", [{"gamma": -1.0}, {"scale_quantile": 0.0}, {"cap": 0.0}, {"floor": 1.5}, {"gamma": math.nan}]
+)
+def test_meaningless_agreements_are_refused(bad: dict[str, float]) -> None:
+    with pytest.raises(ConfigError, match=r"token_weights\.agreement: expected"):
+        Agreement(**bad)
