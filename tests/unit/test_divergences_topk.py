@@ -151,7 +151,7 @@ def test_a_support_that_the_student_chose_is_refused_on_the_teachers_own_tokens(
 def test_fewer_tokens_than_k_are_refused():
     p, q = pair()
     sent, ids = q.topk(4)
-    with pytest.raises(ConfigError, match=r"5 likeliest tokens, got 4.*divergence\.k=4"):
+    with pytest.raises(ConfigError, match=r"5 likeliest tokens, got 4.*objective\.k=4"):
         TopK(divergence=ReverseKL(), k=5).evaluate_on(p, ids, sent)
 
 
