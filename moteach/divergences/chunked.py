@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from moteach.divergences.base import Divergence, Pool, PoolTarget, value_and_gradient
-from moteach.divergences.disagreement import Watch
+from moteach.divergences.disagreement import STREAMED, Watch
 from moteach.divergences.full import entropy
 from moteach.divergences.fused import (
     ChunkedOutput,
@@ -79,7 +79,8 @@ class PooledJob:
     def stat_names(self) -> tuple[str, ...]:
         """The masses on the support are there for a divergence that reads only a part of the vocabulary."""
         masses = _MASSES if isinstance(self.divergence, TopK) else ()
-        return (*_STATS, *masses, *(OF_WRITTEN if self.targets is not None else ()))
+        shared = STREAMED if any(len(group.columns) > 1 for group in self.plan.groups) else ()
+        return (*_STATS, *masses, *shared, *(OF_WRITTEN if self.targets is not None else ()))
 
     @property
     def abstained(self) -> Bool[Tensor, " packed"]:
@@ -92,7 +93,7 @@ class PooledJob:
             yield self._evaluate(student_hidden, group)
 
     def _evaluate(self, student_hidden: Tensor, group: Group) -> EvaluatedChunk:
-        pooled = self.pool(student_hidden, group)
+        pooled = self.pool(student_hidden, group, wanted=STREAMED)
         value, gradient, stats = self.compare(pooled)
         return EvaluatedChunk(
             tokens=group.tokens,
@@ -111,6 +112,7 @@ class PooledJob:
             "student_entropy": entropy(student),
             "target_entropy": entropy(target),
             "neg_log_z": pooled.target.neg_log_z,
+            **pooled.between,
         }
         if isinstance(self.divergence, TopK):
             seen = self.divergence.evaluate(student, target)

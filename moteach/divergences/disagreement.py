@@ -13,8 +13,10 @@ from torch import Tensor
 from moteach.divergences.full import jsd
 from moteach.divergences.terms import relative_entropy_terms
 
-OF_TEACHERS = ("spread", "argmax_disagreement", "teacher_jsd")
-"""Statistics of several teachers that share a token, see `moteach.divergences.measure`."""
+STREAMED = ("spread", "argmax_disagreement")
+"""Statistics of several teachers that share a token, which hold none of them; every pass makes them."""
+OF_TEACHERS = (*STREAMED, "teacher_jsd")
+"""All statistics of several teachers that share a token, see `moteach.divergences.measure`."""
 
 
 def pairwise_jsd(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moteach.divergences.base import Divergence, Pool
 from moteach.divergences.chunked import Pooled, make_job
-from moteach.divergences.disagreement import OF_TEACHERS
+from moteach.divergences.disagreement import OF_TEACHERS, STREAMED
 from moteach.divergences.fused import empty_stats, record
 from moteach.errors import ConfigError
 from moteach.types import Head, TeacherEvidence
@@ -89,7 +89,7 @@ def measure(
     stats = empty_stats(student_hidden, student_head, (*job.stat_names, *sorted(chosen)))
     with torch.no_grad():
         for group in job.plan.chunks(held=not resolver.streams or "teacher_jsd" in chosen):
-            pooled = job.pool(student_hidden.detach(), group, wanted=chosen & {*OF_TEACHERS})
+            pooled = job.pool(student_hidden.detach(), group, wanted=(chosen & {*OF_TEACHERS}).union(STREAMED))
             record(stats, group.tokens, job.compare(pooled)[2])
             record(stats, group.tokens, _more(pooled, k, chosen))
             del pooled
@@ -111,5 +111,4 @@ def _more(pooled: Pooled, k: int, chosen: Collection[str]) -> dict[str, Tensor]:
     if "student_top1_rank" in chosen:
         likeliest = target.gather(-1, student.argmax(-1, keepdim=True))
         found["student_top1_rank"] = (target > likeliest).sum(-1).to(student.dtype)
-    found |= pooled.between
     return {name: values for name, values in found.items() if name in chosen}

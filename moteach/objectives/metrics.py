@@ -17,6 +17,9 @@ _MEANS = (
     *("spread", "argmax_disagreement", "teacher_jsd"),
 )
 
+CONTESTED_NATS = 1.0
+"""Spread of the teachers' logprobs above which a token counts as contested; Open-MOPD (arXiv 2608.19098) counts so."""
+
 
 def rollout_metrics(rollouts: RolloutBatch, rewards: Sequence[float]) -> dict[str, float]:
     """Lengths, truncation and verified reward of what the student wrote.
@@ -50,7 +53,9 @@ def teacher_metrics(evidence: Evidence) -> dict[str, float]:
 def token_metrics(rollouts: RolloutBatch, stats: Mapping[str, Float[Tensor, " packed"]]) -> dict[str, float]:
     """Means of the per-token values over the taught tokens, and of the divergence and the token share per domain.
 
-    Tokens that no teacher was given (`abstained`) are left out of the means and counted as `abstained`.
+    Tokens that no teacher was given (`abstained`) are left out of the means and counted as `abstained`. Where several
+    teachers share tokens, `spread` also has its 99th percentile and largest value, and `contested` is the share of taught
+    tokens above one nat.
     """
     abstained = stats["abstained"] > 0 if "abstained" in stats else torch.zeros(rollouts.num_tokens, dtype=torch.bool)
     metrics = {
@@ -58,6 +63,11 @@ def token_metrics(rollouts: RolloutBatch, stats: Mapping[str, Float[Tensor, " pa
         for name in _MEANS
         if name in stats and not bool(abstained.all())
     }
+    if "spread" in stats and not bool(abstained.all()):
+        spread = stats["spread"][~abstained].double()
+        metrics["spread/p99"] = float(spread.quantile(0.99))
+        metrics["spread/max"] = float(spread.max())
+        metrics["contested"] = float((spread > CONTESTED_NATS).double().mean())
     if "abstained" in stats and len(abstained):
         metrics["abstained"] = float(abstained.double().mean())
     if "divergence" not in stats:
