@@ -161,6 +161,14 @@ class Learner:
             logits[fold] = head.logits(self._vectors[fold])
         return logits
 
+    def held_out_accuracy(self) -> float | None:
+        """Share of the exemplars that a head which has not seen them gives to a right expert; None where there are too few."""
+        owners = self.exemplars.owners
+        if owners.shape[1] < 2 or int(owners.sum(dim=0).min()) < self.settings.folds:
+            return None
+        chosen = self._cross_fitted().argmax(dim=1, keepdim=True)
+        return float(owners.gather(1, chosen).double().mean())
+
     def scores(self, texts: Sequence[str]) -> Scores:
         """Scores texts without deciding."""
         if not texts:

@@ -36,7 +36,7 @@ class Policy:
     min_similarity: float | None = None
     """... and where the largest cosine to an exemplar is below this: a prompt unlike all that was learned from."""
     min_energy: float | None = None
-    """... and where ln sum exp of the scores (the negative energy of arXiv 2010.03759, Eq. 4) is below this."""
+    """... and where ln sum exp of the calibrated scores (the negative energy of arXiv 2010.03759, Eq. 4) is below this."""
     on_abstain: OnAbstain = "skip"
     """`skip`: nobody grades the row; `fallback`: the expert `fallback` does; `uniform`: all do, by their weight."""
     fallback: str | None = None
