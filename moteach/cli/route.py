@@ -172,7 +172,7 @@ def _learned(router: Any, action: str) -> Any:
 
 
 def _table(report: Mapping[str, Any]) -> Table:
-    names = list(report["confusion"])
+    names = list(report["contingency"])
     table = Table(title="routes against labels")
     for column in ("label", "prompts", "accuracy", "confidence", "coverage"):
         table.add_column(column, justify="left" if column == "label" else "right")
@@ -180,10 +180,10 @@ def _table(report: Mapping[str, Any]) -> Table:
         share = "-" if row["accuracy"] is None else f"{row['accuracy']:.3f}"
         table.add_row(row["label"], str(row["prompts"]), share, f"{row['confidence']:.3f}", f"{row['coverage']:.3f}")
     wrong = [
-        f"{label} -> {chosen}: {report['confusion'][label][chosen]}"
+        f"{label} -> {chosen}: {report['contingency'][label][chosen]}"
         for label in names
         for chosen in names
-        if label != chosen and report["confusion"][label][chosen]
+        if label != chosen and report["contingency"][label][chosen]
     ]
     table.caption = "confused: " + ("; ".join(wrong) if wrong else "nothing")
     return table

@@ -21,7 +21,7 @@ from moteach.routing.quality import (
     accuracy,
     area_under_risk_coverage,
     auroc,
-    confusion,
+    contingency,
     coverage_at_risk,
     expected_calibration_error,
     macro_f1,
@@ -80,8 +80,8 @@ def measure(router: Router, prompts: Sequence[Prompt], experts: Sequence[ExpertS
     Returns:
         In JSON types: `accuracy`, `ece` (15 bins of equal width), `aurc`, `macro_f1`, `coverage` (share that is not abstained
         on), `routed_accuracy` (of those), `coverage_at_risk` (largest share with at most 5 % wrong), `abstained_outside`,
-        `ood_auroc` by score or None, `confusion` {label: {chosen: prompts}} (a prompt of several experts counts for the chosen
-        one if right, else for the first), and `rows`, one a domain.
+        `ood_auroc` by score or None, `contingency` {label: {chosen: prompts}} (a prompt of several experts counts for the
+        chosen one if right, else for the first), and `rows`, one a domain.
 
     Raises:
         DataError: No prompt has a label that an expert claims, or one is among the router's exemplars.
@@ -104,7 +104,7 @@ def measure(router: Router, prompts: Sequence[Prompt], experts: Sequence[ExpertS
     decided = said.preference.sum(dim=1) > 0
     correct = right.gather(1, chosen[:, None])[:, 0] & decided
     label = torch.where(correct, chosen, right.long().argmax(dim=1))
-    table = confusion(chosen[inside & decided], label[inside & decided], experts=len(experts))
+    table = contingency(chosen[inside & decided], label[inside & decided], experts=len(experts))
     routed = ~said.unsure & (said.weights.sum(dim=1) > 0)
     outside = ~inside
     names = [expert.name for expert in experts]
@@ -120,7 +120,7 @@ def measure(router: Router, prompts: Sequence[Prompt], experts: Sequence[ExpertS
         "ood_auroc": {name: auroc(score[inside], score[outside]) for name, score in said.familiar.items()}
         if bool(outside.any())
         else None,
-        "confusion": {
+        "contingency": {
             name: dict(zip(names, counts, strict=True)) for name, counts in zip(names, table.tolist(), strict=True)
         },
         "rows": _rows(labelled, inside=inside, correct=correct, confidence=said.confidence, routed=routed),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -314,6 +314,9 @@ class Learner:
                 f"router.path: the saved router does not know the experts {', '.join(unknown)}, which would never be given a "
                 f"prompt; it knows {', '.join(saved.exemplars.names)}. Fit a router for these experts: moteach route fit"
             )
+        # Saved again, it has to say what it is made of, not what it was asked for.
+        self.settings = replace(self.settings, encoder=saved.encoder)
+        self.arguments = {**self.arguments, **saved.head, "encoder": saved.encoder}
         self._embedder = embedder_named(saved.encoder, cache=self.settings.cache)
         if self._embedder.encoder.identity != saved.encoder_identity:
             raise ConfigError(

@@ -21,7 +21,7 @@ def accuracy(correct: Bool[Tensor, " prompt"]) -> float:
     return float(correct.double().mean())
 
 
-def confusion(
+def contingency(
     chosen: Int[Tensor, " prompt"], label: Int[Tensor, " prompt"], *, experts: int
 ) -> Int[Tensor, "label chosen"]:
     """Counts prompts by label (rows) and chosen expert (columns).
@@ -38,7 +38,7 @@ def macro_f1(table: Int[Tensor, "label chosen"]) -> float:
     """Mean of the experts' F1 = 2 TP / (2 TP + FP + FN), every expert alike; those without label or choice are left out.
 
     Args:
-        table: What `confusion` counts.
+        table: What `contingency` counts.
 
     Raises:
         ConfigError: There is no prompt.

