@@ -13,6 +13,7 @@ COMMANDS = {
     "train": "the main job: multi-teacher on-policy distillation",
     "eval": "run=DIR | model=DIR: scores per domain, with verifiers",
     "experts": "list | check: the catalogue, and a pre-flight of each teacher against the student",
+    "route": "fit | explain | eval: learn a router, say why a prompt goes where, compare it with labels",
     "specialize": "expert=NAME: make a specialist, supervised and then by a verifier's reward",
     "bench": "NAME: the project's own benchmarks",
 }

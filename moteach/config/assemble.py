@@ -18,6 +18,7 @@ from moteach.catalogue.spec import ExpertSpec, require_built
 from moteach.checkpoint import Checkpoints
 from moteach.config.build import build
 from moteach.config.checks import (
+    check_exemplars,
     check_first_step,
     check_labels,
     check_lengths,
@@ -143,6 +144,7 @@ def _check(job: Job) -> None:
     shares = OmegaConf.select(cfg, "sampler.mixture") or domain_weights(prompts, job.experts)
     drawn = drawn_prompts(prompts, shares)
     check_labels(trainer.router, drawn)
+    check_exemplars(trainer.router, prompts.evaluation)
     check_mix(trainer.mix, drawn)
     held_out = prompts.evaluation if cfg.eval.enabled else ()
     check_lengths(trainer.engine, drawn, held_out, held_out_limit=cfg.eval.max_new_tokens)

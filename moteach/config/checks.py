@@ -13,7 +13,9 @@ from moteach.errors import ConfigError
 from moteach.objectives.mix import Mix
 from moteach.rollouts.base import RolloutEngine
 from moteach.rollouts.hf import HFEngine
+from moteach.routing.exemplars import check_leak
 from moteach.routing.label import LabelRouter
+from moteach.routing.learner import Learner
 from moteach.students import Student
 from moteach.teachers.hf import HFTeacher
 from moteach.teachers.lora import LoRATeacher
@@ -55,6 +57,17 @@ def check_labels(router: Any, drawn: Sequence[Prompt]) -> None:
     """
     if isinstance(router, LabelRouter):
         router.route(list({(prompt.domain, prompt.teacher_id): prompt for prompt in drawn}.values()))
+
+
+def check_exemplars(router: Any, held_out: Sequence[Prompt]) -> None:
+    """Compares what a router has learned from with the held-out prompts, for a router that learns.
+
+    Raises:
+        DataError: It has learned from a prompt that the run is evaluated on.
+    """
+    learned = getattr(router, "learned", None)
+    if isinstance(learned, Learner):
+        check_leak(learned.exemplars.texts, held_out, what="data (held-out prompts)")
 
 
 def check_lengths(

@@ -197,6 +197,26 @@ class EvalCommandConfig:
 
 
 @dataclass
+class RouteConfig:
+    """`moteach route`."""
+
+    seed: int = 0
+    run_dir: str = MISSING
+    """`route fit` saves to `run_dir/router`."""
+    expert_path: list[str] = field(default_factory=list)
+    experts: dict[str, ExpertSpec] = field(default_factory=dict)
+    team: str | None = None
+    router: Any = MISSING
+    student: StudentConfig = field(default_factory=StudentConfig)
+    data: Any = MISSING
+    prompts: str | None = None
+    """Labelled JSONL of `route eval`; None: the held-out prompts of `data`."""
+    nearest: int = 5
+    """Exemplars that `route explain` shows."""
+    out: str | None = None
+
+
+@dataclass
 class SpecializeConfig:
     """`moteach specialize`."""
 
@@ -232,4 +252,5 @@ def register_schema() -> None:
     store.store(name="train_schema", node=TrainConfig)
     store.store(name="experts_schema", node=ExpertsConfig)
     store.store(name="eval_schema", node=EvalCommandConfig)
+    store.store(name="route_schema", node=RouteConfig)
     store.store(name="specialize_schema", node=SpecializeConfig)

@@ -14,6 +14,9 @@ from moteach.types import Prompt
 DEFAULT_DOMAIN = "default"
 """Domain of the prompts that name none."""
 
+USER_TEXT = "user_text"
+"""Key of a chat prompt's metadata with what the user says; a router would see the template in every prompt otherwise."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PromptSet:
@@ -55,6 +58,11 @@ class PromptSource(Protocol):
 def domain_of(prompt: Prompt) -> str:
     """Returns the domain of a prompt, `default` when it names none."""
     return DEFAULT_DOMAIN if prompt.domain is None else prompt.domain
+
+
+def words_of(prompt: Prompt) -> str:
+    """Returns what the user says in a prompt: its text, or of a chat the messages of the user without the template."""
+    return str(prompt.metadata.get(USER_TEXT, prompt.text))
 
 
 def rows_by_domain(prompts: Sequence[Prompt]) -> Mapping[str, Sequence[int]]:

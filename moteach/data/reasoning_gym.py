@@ -8,7 +8,7 @@ import io
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from moteach.data.base import PromptSet, check_disjoint, text_key
+from moteach.data.base import USER_TEXT, PromptSet, check_disjoint, text_key
 from moteach.data.encoding import encode_chat, encode_text, has_chat_template
 from moteach.errors import ConfigError, DataError, MissingDependencyError, UnknownChoiceError, nearest
 from moteach.types import Prompt
@@ -134,7 +134,10 @@ class ReasoningGymPrompts:
             domain=domain,
             answer=None if entry.get("answer") is None else str(entry["answer"]),
             verifier=VERIFIER,
-            metadata={METADATA_KEY: {"task": task, "config": self.configs.get(task, {}), "entry": entry}},
+            metadata={
+                METADATA_KEY: {"task": task, "config": self.configs.get(task, {}), "entry": entry},
+                USER_TEXT: question,
+            },
         )
 
 

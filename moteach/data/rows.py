@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from moteach.data.base import USER_TEXT
 from moteach.data.encoding import encode_chat, encode_text
 from moteach.errors import DataError, nearest
 from moteach.types import Prompt
@@ -75,7 +76,7 @@ class RowReader:
             teacher_id=values.get("teacher_id"),
             answer=None if answer is None else str(answer),
             verifier=self._verifier(values, where),
-            metadata=values.get("metadata") or {},
+            metadata=_said(values["prompt"]) | (values.get("metadata") or {}),
         )
 
     def _values(self, row: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -142,6 +143,14 @@ class RowReader:
         if self.verifiers is not None and name not in self.verifiers:
             raise DataError(f"{where}: expected the name of a verifier, got '{name}'; {nearest(name, self.verifiers)}")
         return name
+
+
+def _said(prompt: object) -> dict[str, Any]:
+    """What the user says in chat messages, for the routers; a plain prompt says it itself."""
+    if not isinstance(prompt, list):
+        return {}
+    said = [one["content"] for one in prompt if one["role"] == "user" and isinstance(one["content"], str)]
+    return {USER_TEXT: "\n".join(said)} if said else {}
 
 
 _NAMES: dict[type, str] = {str: "a string", int: "a whole number", float: "a number", dict: "an object", list: "a list"}

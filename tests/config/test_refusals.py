@@ -22,7 +22,7 @@ WRONG = [
     ("+optim.lrr=1", r"there is no key 'optim\.lrr'; in 'optim': did you mean 'lr'"),
     ("+router.fallbak=math", r"router\.fallbak: 'LabelRouter' has no such argument; did you mean 'fallback'"),
     # unknown options and experts
-    ("router=lable", r"router: there is no option 'lable'; did you mean 'label'\? \(valid choices: .*uniform"),
+    ("router=lable", r"router: there is no option 'lable'; did you mean 'label'.*\? \(valid choices: .*uniform"),
     ("divergence=kl", r"divergence: there is no option 'kl'; .*reverse_kl"),
     ("experts=[math,cod]", r"experts: there is no option 'cod'; did you mean 'code'"),
     ("experts=maths", r"experts: there is no option 'maths'; did you mean 'math'"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from moteach.catalogue.spec import ExpertSpec
 from moteach.config.build import build
 from moteach.types import Prompt, Routing
 
+EXEMPLARS = tempfile.TemporaryDirectory()
+FOLDER = Path(EXEMPLARS.name)
 FILES = sorted((Path(__file__).parents[2] / "conf" / "router").glob("*.yaml"))
 NAMES = ("math", "code", "search", "law", "tax")
 
@@ -23,16 +26,29 @@ def path(request: pytest.FixtureRequest) -> Path:
     return request.param
 
 
-def make(path: Path, experts: list[ExpertSpec]) -> Any:
-    router = build(yaml.safe_load(path.read_text()), where="router")
+def make(option: Path, experts: list[ExpertSpec], **changed: Any) -> Any:
+    """Builds the option as it ships, except that seeds are numbers and encoders need no model."""
+    node = {key: 0 if value == "${seed}" else value for key, value in yaml.safe_load(option.read_text()).items()}
+    node |= {key: value for key, value in {"encoder": "ngrams", "cache": None}.items() if key in node}
+    router = build(node | changed, where="router")
     router.bind(experts)
     return router
+
+
+def exemplars_of(name: str) -> Path:
+    """A file of exemplars: ten of the expert's own, and one that all experts share."""
+    path = FOLDER / f"{name}.jsonl"
+    texts = [*(f"{name} number {i} of {name}" for i in range(10)), "something for everybody"]
+    path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    return path
 
 
 def experts(count: int, *, weights: tuple[float, ...] = (1.0, 2.0, 0.5, 3.0, 1.5)) -> list[ExpertSpec]:
     """Experts with a domain each and one they share."""
     return [
-        ExpertSpec(name=name, model=f"org/{name}", domains=[name, "shared"], weight=weight)
+        ExpertSpec(
+            name=name, model=f"org/{name}", domains=[name, "shared"], weight=weight, exemplars=str(exemplars_of(name))
+        )
         for name, weight in zip(NAMES[:count], weights, strict=False)
     ]
 
@@ -54,7 +70,8 @@ def check(routing: Routing, rows: int, teachers: int) -> None:
 
 
 def test_there_are_options() -> None:
-    assert {"label", "uniform"} <= {path.stem for path in FILES}
+    names = {"label", "uniform", "random", "oracle", "embedding_prototype", "embedding_knn", "classifier"}
+    assert names <= {path.stem for path in FILES}
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
@@ -104,3 +121,48 @@ def test_state_survives_json(path: Path) -> None:
 
 def test_a_step_without_prompts_is_no_error(path: Path) -> None:
     check(make(path, experts(2)).route([]), 0, 2)
+
+
+def test_the_same_seed_gives_the_same_routes(path: Path) -> None:
+    first, second = (make(path, experts(5)).route(prompts(5)) for _ in range(2))
+    assert torch.equal(first.weights, second.weights)
+    assert torch.equal(first.confidence, second.confidence)
+
+
+LEARNED = [path for path in FILES if "encoder" in path.read_text()]
+
+
+@pytest.mark.parametrize("learned", LEARNED, ids=lambda path: path.stem)
+@pytest.mark.parametrize("weighting", ["top_m", "soft"])
+def test_soft_weights_hold_the_contract_too(learned: Path, weighting: str) -> None:
+    given, order = experts(5), [3, 0, 4, 1, 2]
+    straight = make(learned, given, weighting=weighting, m=3).route(prompts(5))
+    check(straight, 7, 5)
+    assert int((straight.weights > 0).sum(dim=1).max()) == (3 if weighting == "top_m" else 5)
+    permuted = make(learned, [given[i] for i in order], weighting=weighting, m=3).route(prompts(5))
+    torch.testing.assert_close(permuted.weights, straight.weights[:, order], atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("learned", LEARNED, ids=lambda path: path.stem)
+def test_a_saved_router_routes_identically(learned: Path, tmp_path: Path) -> None:
+    router = make(learned, experts(5), weighting="soft", temperature=0.7)
+    straight = router.route(prompts(5))
+    router.save_pretrained(tmp_path / "router")
+    opened = type(router).from_pretrained(tmp_path / "router").route(prompts(5))
+    assert opened.teacher_ids == straight.teacher_ids
+    assert torch.equal(opened.weights, straight.weights)
+    assert torch.equal(opened.confidence, straight.confidence)
+    loaded = make(learned, experts(5), weighting="soft", temperature=0.7, path=str(tmp_path / "router"))
+    assert torch.equal(loaded.route(prompts(5)).weights, straight.weights)
+    assert loaded.state_dict() == router.state_dict()
+    assert sorted(file.name for file in (tmp_path / "router").iterdir()) == [
+        "README.md", "router.json", "router.safetensors",
+    ]  # fmt: skip
+    assert str(FOLDER) not in (tmp_path / "router" / "router.json").read_text()
+
+
+@pytest.mark.parametrize("learned", LEARNED, ids=lambda path: path.stem)
+def test_a_learned_router_finds_the_expert_without_a_label(learned: Path) -> None:
+    rows = [Prompt(prompt_id=name, text=f"a question of {name}", token_ids=()) for name in NAMES]
+    routing = make(learned, experts(5)).route(rows)
+    assert routing.weights.tolist() == torch.eye(5).tolist()

@@ -1,0 +1,121 @@
+"""From probabilities to the weights of teachers: how many of them, how soft, and when nobody."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from moteach.errors import ConfigError, nearest
+
+Weighting = Literal["hard", "top_m", "soft"]
+OnAbstain = Literal["skip", "fallback", "uniform"]
+_TIE = 1e-9
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """What a router makes of its probabilities.
+
+    Raises:
+        ConfigError: A value is out of range.
+    """
+
+    weighting: Weighting = "hard"
+    """`hard`: the most probable expert (experts that tie share, by their weight); `top_m`: the `m` heaviest; `soft`: all."""
+    m: int = 2
+    """How many experts keep a weight under `top_m`."""
+    temperature: float = 1.0
+    """Weights under `top_m` and `soft` are proportional to probability ** (1 / temperature) * `experts.<name>.weight`."""
+    min_confidence: float | None = None
+    """The router abstains where the calibrated probability of the first expert is below this."""
+    min_similarity: float | None = None
+    """... and where the largest cosine to an exemplar is below this: a prompt unlike all that was learned from."""
+    min_energy: float | None = None
+    """... and where ln sum exp of the calibrated scores (the negative energy of arXiv 2010.03759, Eq. 4) is below this."""
+    on_abstain: OnAbstain = "skip"
+    """`skip`: nobody grades the row; `fallback`: the expert `fallback` does; `uniform`: all do, by their weight."""
+    fallback: str | None = None
+    """Expert of `on_abstain: fallback`."""
+
+    def __post_init__(self) -> None:
+        if self.m < 1 or not self.temperature > 0:
+            raise ConfigError(
+                f"expected router.m >= 1 and router.temperature > 0, got {self.m} and {self.temperature}; the weights would "
+                "not be a distribution"
+            )
+        if self.min_confidence is not None and not 0 <= self.min_confidence <= 1:
+            raise ConfigError(f"router.min_confidence: expected a probability or null, got {self.min_confidence}")
+        if (self.on_abstain == "fallback") != (self.fallback is not None):
+            raise ConfigError(
+                f"router.fallback: expected an expert with on_abstain=fallback and null otherwise, got {self.fallback} with "
+                f"on_abstain={self.on_abstain}; abstentions would go elsewhere than you say"
+            )
+
+    def check(self, names: Sequence[str]) -> None:
+        """Refuses a `fallback` that is not among the experts of the run.
+
+        Raises:
+            ConfigError: Names the nearest ones.
+        """
+        if self.fallback is not None and self.fallback not in names:
+            raise ConfigError(
+                f"router.fallback: expected one of the run's experts, got '{self.fallback}'; {nearest(self.fallback, names)}"
+            )
+
+    def abstains(
+        self,
+        confidence: Float[Tensor, " prompt"],
+        similarity: Float[Tensor, " prompt"],
+        energy: Float[Tensor, " prompt"],
+    ) -> Bool[Tensor, " prompt"]:
+        """Tells the rows on which a threshold is not reached."""
+        found = torch.zeros_like(confidence, dtype=torch.bool)
+        for value, least in (
+            (confidence, self.min_confidence),
+            (similarity, self.min_similarity),
+            (energy, self.min_energy),
+        ):
+            if least is not None:
+                found |= value < least
+        return found
+
+    def weights(
+        self,
+        probabilities: Float[Tensor, "prompt teacher"],
+        abstained: Bool[Tensor, " prompt"],
+        *,
+        importance: Float[Tensor, " teacher"],
+        names: Sequence[str],
+    ) -> Float[Tensor, "prompt teacher"]:
+        """Weights the experts of each row.
+
+        Args:
+            probabilities: Zero for experts that may not teach.
+            abstained: Rows on which the router does not decide.
+            importance: `weight` of each expert's card, at least 0.
+            names: The experts, in the order of the columns.
+
+        Returns:
+            Weights that sum to one, or to zero where nobody grades the row.
+        """
+        if self.weighting == "hard":
+            first = probabilities.amax(dim=1, keepdim=True)
+            raw = ((probabilities >= first - _TIE) & (probabilities > 0)) * importance
+        else:
+            raw = probabilities.pow(1 / self.temperature) * importance
+            if self.weighting == "top_m" and self.m < raw.shape[1]:
+                kept = raw.argsort(dim=1, descending=True, stable=True)[:, : self.m]
+                raw = torch.zeros_like(raw).scatter(1, kept, raw.gather(1, kept))
+        instead = torch.zeros_like(importance)
+        if self.on_abstain == "uniform":
+            instead = importance
+        elif self.on_abstain == "fallback":
+            instead = torch.tensor([float(name == self.fallback) for name in names], dtype=importance.dtype)
+        raw = torch.where(abstained[:, None], instead, raw)
+        total = raw.sum(dim=1, keepdim=True)
+        return raw / torch.where(total == 0, torch.ones_like(total), total)
