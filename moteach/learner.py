@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import combinations
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -39,13 +40,18 @@ class Learner:
 
     @property
     def wanted(self) -> frozenset[str]:
-        """Statistics that token weights and balance read."""
-        return self.balance.needs.union(*(weighting.needs for weighting in self.token_weights))
+        """Statistics that token weights, balance and the objective's credit read."""
+        return self.balance.needs.union(self.credits, *(weighting.needs for weighting in self.token_weights))
+
+    @property
+    def credits(self) -> frozenset[str]:
+        """Statistics of the whole batch that the objective makes its credit of."""
+        return frozenset(getattr(self.objective, "credits", frozenset()))
 
     @property
     def weighs(self) -> bool:
-        """Whether any token's weight may differ from the normalisation's."""
-        return bool(self.token_weights) or not isinstance(self.balance, NoBalance)
+        """Whether the batch must be looked at as a whole before the loss: for weights of tokens, or for credit."""
+        return bool(self.token_weights) or bool(self.credits) or not isinstance(self.balance, NoBalance)
 
     def loss(self, scored: Scored, *, weigh: bool = True) -> LossOutput:
         """Computes the loss of a batch, accumulating the student's gradient where autograd is on.
@@ -182,4 +188,5 @@ class Learner:
         metrics = {}
         if self.token_weights:
             metrics = {"token_weights/kept": weighted.kept_fraction, "token_weights/scale": weighted.scale}
-        return replace(scored, token_weights=final, stats=stats or None), metrics
+        credit = cast(Any, self.objective).credit(scored.rollouts, stats) if self.credits else None
+        return replace(scored, token_weights=final, credit=credit, stats=stats or None), metrics

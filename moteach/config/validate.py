@@ -186,6 +186,11 @@ def check_learning(cfg: DictConfig) -> None:
                 f"{reader} reads {', '.join(sorted(needs - known))}, which support={cfg.support.name} does not give "
                 f"{type(objective.main).__name__}; tokens would be weighed by nothing. Choose support=full, or another option"
             )
+    if not hasattr(objective.main, "credits") and (penalty := cfg.conflict.get("sequence_penalty")):
+        raise UnsupportedCombinationError(
+            f"conflict.sequence_penalty={penalty} is read by objective=divergence alone, got {type(objective.main).__name__}, "
+            "which does not see -log Z; it would be ignored. Choose objective=divergence, or set it to 0"
+        )
     if cfg.mix.outcome > 0 and cfg.group_size < 2:
         raise ConfigError(
             f"mix.outcome={cfg.mix.outcome} needs group_size of at least 2, got {cfg.group_size}; a completion's advantage is "

@@ -6,6 +6,7 @@ a constant of the optimisation: no gradient flows into it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -14,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from moteach.errors import RoutingError, UnsupportedCombinationError
+from moteach.errors import ConfigError, RoutingError, UnsupportedCombinationError
 from moteach.types import Support
 
 SUM_TOLERANCE = 5e-3
@@ -134,6 +135,27 @@ def check_weights(weights: Float[Tensor, "*token teacher"]) -> None:
             f"expected non-negative teacher weights that sum to one at each token, got {int(bad.sum())} token(s) that "
             f"do not, the first being {worst}; their target would not be a distribution. Leave out abstained tokens "
             "(all weights zero) and renormalise when a teacher failed"
+        )
+
+
+def check_penalty(sequence_penalty: float) -> None:
+    """Refuses a weight of the disagreement over the sequence that is none.
+
+    With teachers q_k and their geometric pool q~ at each state, KL(p || P*) = E_p sum_t KL(p_t || q~_t) - E_p sum_t log Z(s_t)
+    + const, P* the product of the teachers' distributions over whole completions: -log Z(s) is the price of walking into a
+    state where teachers disagree. A loss that looks at one token at a time does not see it; a weight of 1 is the exact one
+    where the student agrees with the pool from the next token on (with `objective.discount=1` everywhere).
+
+    Args:
+        sequence_penalty: The weight; 0 leaves it out, as every published method does.
+
+    Raises:
+        ConfigError: It is negative or not finite.
+    """
+    if not 0 <= sequence_penalty < math.inf:
+        raise ConfigError(
+            f"conflict.sequence_penalty: expected a finite weight of at least 0, got {sequence_penalty}; below 0 the student "
+            "would seek the states where its teachers disagree"
         )
 
 

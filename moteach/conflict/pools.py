@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from moteach.conflict.base import Accumulator, Target, check_weights
+from moteach.conflict.base import Accumulator, Target, check_penalty, check_weights
 from moteach.errors import UnsupportedCombinationError
 from moteach.types import Support
 
@@ -60,12 +60,22 @@ class Geometric:
     For two teachers log Z = -(1 - w) D_w(q_1 || q_2), a Renyi divergence of order w. Teachers that exclude each other
     on the whole vocabulary have no geometric pool. On `sampled` it is exact in the gradient only, see
     `resolve_sampled`.
+
+    Args:
+        sequence_penalty: Weight of -log Z of the states that a token leads to, see `check_penalty`.
+
+    Raises:
+        ConfigError: sequence_penalty is negative or not finite.
     """
 
     name: ClassVar[str] = "geometric"
     supports: ClassVar[frozenset[Support]] = frozenset({"full", "sampled"})
     needs: ClassVar[frozenset[str]] = frozenset()
     streams: ClassVar[bool] = True
+    sequence_penalty: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_penalty(self.sequence_penalty)
 
     def accumulator(self, **context: Tensor) -> Accumulator:
         """Starts a pool; it holds one distribution."""

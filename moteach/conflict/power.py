@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from moteach.conflict.base import Accumulator, Target, check_weights, whole_distributions_only
+from moteach.conflict.base import Accumulator, Target, check_penalty, check_weights, whole_distributions_only
 from moteach.divergences.full import entropy
 from moteach.errors import ConfigError, UnsupportedCombinationError
 from moteach.types import Support
@@ -35,9 +35,10 @@ class Power:
 
     Args:
         r: Exponent, finite.
+        sequence_penalty: Weight of -log Z of the states that a token leads to, see `moteach.conflict.base.check_penalty`.
 
     Raises:
-        ConfigError: r is not finite.
+        ConfigError: r is not finite, or sequence_penalty is negative or not finite.
     """
 
     name: ClassVar[str] = "power"
@@ -45,9 +46,11 @@ class Power:
     needs: ClassVar[frozenset[str]] = frozenset()
     streams: ClassVar[bool] = True
     r: float = 0.5
+    sequence_penalty: float = 0.0
 
     def __post_init__(self) -> None:
         check_exponent(self.r, "power")
+        check_penalty(self.sequence_penalty)
 
     def accumulator(self, **context: Tensor) -> Accumulator:
         """Starts a pool; it holds one distribution."""

@@ -151,6 +151,33 @@ def discounted_to_go(
     return total
 
 
+def position_baseline(returns: Float[Tensor, " packed"], rows: Int[Tensor, " packed"]) -> Float[Tensor, " packed"]:
+    """Mean return of the *other* rows at the same place in their completions; 0 where no other row is that long.
+
+    Leaving the row itself out keeps the baseline independent of the row's own tokens, so the expected gradient does not
+    change.
+
+    Args:
+        returns: One value a token.
+        rows: Row of each token, ascending.
+
+    Returns:
+        The baseline of each token, detached.
+    """
+    returns = returns.detach()
+    if not len(returns):
+        return returns
+    new_row = torch.ones_like(rows, dtype=torch.bool)
+    new_row[1:] = rows[1:] != rows[:-1]
+    index = torch.arange(len(rows), device=rows.device)
+    place = index - torch.where(new_row, index, 0).cummax(dim=0).values
+    size = int(place.max()) + 1
+    totals = returns.new_zeros(size).index_add_(0, place, returns)
+    counts = returns.new_zeros(size).index_add_(0, place, torch.ones_like(returns))
+    others = counts[place] - 1.0
+    return torch.where(others > 0, (totals[place] - returns) / others.clamp_min(1.0), torch.zeros_like(returns))
+
+
 def importance_weights(
     ratio: Float[Tensor, "*token"], *, mode: Importance, low: float, high: float
 ) -> tuple[Float[Tensor, "*token"], Bool[Tensor, "*token"]]:

@@ -39,6 +39,8 @@ class Scored:
     """Logprobs of the written tokens under the student at the beginning of the step, when the step has several updates."""
     reference: Evidence | None = None
     """What the reference model says (support `full`), when the student is held near to one."""
+    credit: Float[Tensor, " packed"] | None = None
+    """Advantages of the written tokens for what they lead to, made from the statistics of the whole batch."""
     stats: Mapping[str, Float[Tensor, " packed"]] | None = None
     """What was measured on these tokens, when something needed it; spares the objective a second look."""
 
@@ -64,6 +66,7 @@ class Scored:
             token_weights=self.token_weights[kept],
             outcome_advantages=cut(self.outcome_advantages),
             proximal_logprobs=cut(self.proximal_logprobs),
+            credit=cut(self.credit),
             reference=None if self.reference is None else self.reference.select(kept),
             stats=None if self.stats is None else {name: values[kept] for name, values in self.stats.items()},
         )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from moteach.conflict.base import Resolver
-from moteach.divergences.advantages import discounted_to_go
+from moteach.divergences.advantages import discounted_to_go, position_baseline
 from moteach.divergences.base import Divergence
 from moteach.divergences.chunked import chunked_divergence
 from moteach.errors import ConfigError
@@ -14,7 +16,7 @@ from moteach.objectives.base import Normalise, Scored, tokens_per_chunk
 from moteach.objectives.credit import credit_loss
 from moteach.objectives.teaching import FULL_STATS, Teaching
 from moteach.routing.base import Gate
-from moteach.types import Head, LossOutput, Support
+from moteach.types import Head, LossOutput, RolloutBatch, Support
 
 
 class DivergenceObjective:
@@ -65,9 +67,26 @@ class DivergenceObjective:
         self.student_temperature = student_temperature
         self.teacher_temperature = teacher_temperature
         self.discount = discount
+        self.sequence_penalty = float(getattr(resolver, "sequence_penalty", 0.0))
 
     def check(self, support: Support, k: int | None) -> None:
         """Nothing more to refuse: whole distributions allow everything."""
+
+    @property
+    def credits(self) -> frozenset[str]:
+        """Statistics of the whole batch that `credit` reads; none without a penalty on the sequence."""
+        return frozenset({"neg_log_z"}) if self.sequence_penalty > 0 else frozenset()
+
+    def credit(self, rollouts: RolloutBatch, stats: Mapping[str, Float[Tensor, " packed"]]) -> Float[Tensor, " packed"]:
+        """A_t = -penalty * (sum_{t' > t} -log Z_t' minus its baseline), see `moteach.conflict.base.check_penalty`.
+
+        Args:
+            rollouts: The whole batch.
+            stats: `neg_log_z` of its tokens.
+        """
+        rows, costs = rollouts.token_rows, stats["neg_log_z"]
+        returns = discounted_to_go(costs, rows, discount=1.0) - costs
+        return -self.sequence_penalty * (returns - position_baseline(returns, rows))
 
     def measurable(self, support: Support) -> frozenset[str]:
         """Everything: see `moteach.divergences.measure`."""
@@ -107,10 +126,14 @@ class DivergenceObjective:
             teacher_temperature=self.teacher_temperature,
             targets=scored.rollouts.token_targets,
         )
-        if self.discount == 0:
+        if self.discount == 0 and not self.credits:
             return LossOutput(loss=output.loss, denominator=1.0, token_stats=output.stats)
         costs = output.stats["divergence"]
         advantages = costs - discounted_to_go(costs, scored.rollouts.token_rows, discount=self.discount)
+        if self.credits:
+            advantages = advantages + (
+                self.credit(scored.rollouts, output.stats) if scored.credit is None else scored.credit
+            )
         credit = credit_loss(
             hidden,
             head,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float
@@ -69,6 +70,16 @@ class MixedObjective:
     def needs_proximal(self) -> bool:
         """Whether the teachers' objective reads the proximal policy."""
         return bool(getattr(self.main, "needs_proximal", False))
+
+    @property
+    def credits(self) -> frozenset[str]:
+        """Statistics of the whole batch that the teachers' objective makes its credit of."""
+        return frozenset(getattr(self.main, "credits", frozenset()))
+
+    def credit(self, rollouts: RolloutBatch, stats: Mapping[str, Float[Tensor, " packed"]]) -> Float[Tensor, " packed"]:
+        """Credit of the teachers' objective, see `DivergenceObjective.credit`."""
+        credit: Tensor = cast(Any, self.main).credit(rollouts, stats)
+        return credit
 
     def check(self, support: Support, k: int | None) -> None:
         """Refuses what the teachers' objective refuses."""

@@ -106,6 +106,11 @@ WRONG = [
     ("token_weights=[tipp]", r"token_weights: there is no option 'tipp'; did you mean 'tip'"),
     ("token_weights=[tip] token_weights.tip.rho=2", r"rho.*got 2"),
     ("balance=sigmaa", r"balance: there is no option 'sigmaa'; did you mean 'sigma'"),
+    (
+        "conflict=geometric conflict.sequence_penalty=1 objective=topk",
+        r"sequence_penalty=1.* objective=divergence alone",
+    ),
+    ("conflict=geometric conflict.sequence_penalty=-1", r"conflict\.sequence_penalty: expected a finite weight"),
     ("mix.outcome=0.5", r"mix\.outcome=0\.5 needs group_size of at least 2, got 1"),
     ("mix.reference=-1", r"mix\.reference: expected a finite weight of at least 0, got -1"),
     ("mix.refrence=1", r"there is no key 'mix\.refrence'; in 'mix': did you mean 'reference'"),

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from moteach.conflict.pools import Linear
+from moteach.conflict.pools import Geometric, Linear
 from moteach.divergences.full import ReverseKL
 from moteach.learner import Learner
 from moteach.objectives.answers import Answers
@@ -123,6 +123,24 @@ def test_micro_batches_give_the_loss_gradient_and_statistics_of_the_whole_batch(
     for name, values in whole.token_stats.items():
         torch.testing.assert_close(parts.token_stats[name], values, rtol=1e-5, atol=1e-6, msg=name)
     assert parts.metrics.keys() == whole.metrics.keys()
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_the_price_of_disagreement_is_compared_over_the_whole_batch_whatever_the_micro_batches(size: int) -> None:
+    student, given = Student(), scored(untaught=(1,))
+    objective = DivergenceObjective(
+        gate=PromptGate(), resolver=Geometric(sequence_penalty=0.5), divergence=ReverseKL(), normalise="token_mean"
+    )
+    whole = Learner(student=student, objective=objective).loss(given)
+    expected = gradients(student)
+    parts = Learner(student=student, objective=objective, micro_batch_size=size).loss(given)
+    torch.testing.assert_close(parts.loss, whole.loss, rtol=1e-5, atol=1e-7)
+    for got, want in zip(gradients(student), expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
+    assert float(whole.token_stats["advantages"].abs().max()) > 0.01
+    blind = DivergenceObjective(gate=PromptGate(), resolver=Geometric(), divergence=ReverseKL(), normalise="token_mean")
+    Learner(student=student, objective=blind).loss(given)
+    assert any(not torch.allclose(got, want) for got, want in zip(gradients(student), expected, strict=True))
 
 
 def test_masking_does_not_shrink_the_learning_rate() -> None:
