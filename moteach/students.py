@@ -65,7 +65,9 @@ class Student(nn.Module):
                     f"expected a model that can recompute its activations, got {type(model).__name__}; "
                     "set student.gradient_checkpointing=false"
                 )
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            # transformers 5.2x renames the method and warns about the old one
+            enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+            enable({"use_reentrant": False})
         return cls(model.train(), load_tokenizer(path, revision=revision))
 
     @property
