@@ -44,16 +44,16 @@ def print_tables(console: Console, rows: Sequence[Mapping[str, Any]], summary: M
     ):
         table.add_column("router")
         table.add_column("encoder")
+        table.add_column("calibration")
         for head in heads:
             table.add_column(head, justify="right")
     for row in rows:
-        name, encoder = str(row["router"]), short(row["encoder"])
+        names = (str(row["router"]), short(row["encoder"]), row["calibration"] or "-")
         cells = ["-" if row[key] is None else f"{row[key]:.3f}" for key in _QUALITY]
-        quality.add_row(name, encoder, *cells, row["ood_score"] or "-")
+        quality.add_row(*names, *cells, row["ood_score"] or "-")
         if row["overhead"] is not None:
             times.add_row(
-                name,
-                encoder,
+                *names,
                 f"{row['encode_seconds']:.3f}",
                 f"{row['route_seconds']:.3f}",
                 f"{row['overhead']:.2%}",
@@ -61,7 +61,7 @@ def print_tables(console: Console, rows: Sequence[Mapping[str, Any]], summary: M
                 f"{row['cached_per_second']:,.0f}",
             )
     console.print(quality)
-    console.print(_by_source(rows, summary["prompts"]))
+    console.print(_by_source(_once(rows), summary["prompts"]))
     console.print(times)
     for line in _notes(rows, summary):
         console.print(line, highlight=False, soft_wrap=True)
@@ -70,6 +70,11 @@ def print_tables(console: Console, rows: Sequence[Mapping[str, Any]], summary: M
 def short(encoder: str | None) -> str:
     """Name of an encoder without where it comes from."""
     return "-" if encoder is None else encoder.rpartition(":")[2]
+
+
+def _once(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The first row of each router and encoder: calibration moves no prompt to another expert."""
+    return list({(row["router"], row["encoder"]): row for row in reversed(rows)}.values())[::-1]
 
 
 def _by_source(rows: Sequence[Mapping[str, Any]], prompts: Mapping[str, int]) -> Table:
@@ -85,15 +90,16 @@ def _by_source(rows: Sequence[Mapping[str, Any]], prompts: Mapping[str, int]) ->
 
 
 def _notes(rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> list[str]:
-    found = [f"{row['router']}, {short(row['encoder'])}: {verdict(row)}" for row in rows if row["overhead"] is not None]
+    found = [
+        f"{row['router']}, {short(row['encoder'])}, {row['calibration']}: {verdict(row)}"
+        for row in rows
+        if row["overhead"] is not None
+    ]
     versions = ", ".join(f"{name} {number}" for name, number in summary["versions"].items())
     return [
         *found,
         *([f"packages: {versions}"] if versions else []),
         *summary["missing"],
-        (
-            "overhead is what routing takes beside the encoder, over the encoder's time in the same calls; fit includes encoding "
-            "the exemplars"
-        ),
+        "overhead: what routing takes beside the encoder, over the encoder's time in the same calls; fit encodes the exemplars",
         summary["machine"],
     ]
