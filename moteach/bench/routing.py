@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from jaxtyping import Float
@@ -32,7 +32,7 @@ from moteach.paths import conf_dir, experts_dir
 from moteach.routing.base import Router
 from moteach.routing.encoders import NGRAMS, Encoder, encoder_named
 from moteach.routing.evaluate import measure, read_prompts
-from moteach.routing.learner import Learner
+from moteach.routing.learner import CalibrationMethod, Learner
 from moteach.types import Prompt
 
 DOMAINS = ("math", "code", "search")
@@ -92,7 +92,7 @@ def run(argv: Sequence[str]) -> None:
 
     Raises:
         ConfigError: A word is unknown or its value cannot be used.
-        UnknownChoiceError: `only=` or `on=` names nothing that there is.
+        UnknownChoiceError: `only=`, `calibration=` or `on=` names nothing that there is.
         DataError: No prompts can be read.
     """
     from moteach.cli.app import quiet_libraries
@@ -102,6 +102,10 @@ def run(argv: Sequence[str]) -> None:
     rounds = whole_number(words, "rounds", default=3, least=1)
     per_domain = whole_number(words, "prompts", default=150, least=1)
     seed = whole_number(words, "seed", default=0, least=0)
+    calibrations = [name.strip() for name in words.get("calibration", ",".join(CALIBRATIONS)).split(",")]
+    for name in calibrations:
+        if name not in get_args(CalibrationMethod):
+            raise UnknownChoiceError(f"calibration: there is no '{name}'; {nearest(name, get_args(CalibrationMethod))}")
     quiet_libraries()
     found, versions, missing = read(words.get("on", "packages"), per_domain=per_domain, seed=seed)
     question = Question(prompts=found, experts=natural_experts())
@@ -112,7 +116,6 @@ def run(argv: Sequence[str]) -> None:
             encoders[name] = _opened(name.strip())
         except (ConfigError, MissingDependencyError) as error:
             missing.append(f"encoder {name} is left out: {error}")
-    calibrations = [name.strip() for name in words.get("calibration", ",".join(CALIBRATIONS)).split(",")]
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="moteach-bench-") as cache:
         for name, node in nodes.items():

@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -205,6 +208,8 @@ def test_every_router_that_learns_is_measured_and_chance():
     assert not {"label", "oracle", "uniform"} & set(routers())
     with pytest.raises(UnknownChoiceError, match="embedding_knn"):
         choose(routers(), "embeding_knn")
+    with pytest.raises(UnknownChoiceError, match="isotonic"):
+        run(["calibration=isotonik"])
     with pytest.raises(UnknownChoiceError, match="development"):
         read("developement", per_domain=1, seed=0)
 
@@ -250,3 +255,24 @@ def test_the_packages_that_are_installed_can_be_read():
     assert set(found) == {one.name for one in installed}
     assert all(len(mine) >= 3 and all(one.text.strip() for one in mine) for mine in found.values())
     assert set(versions) == {one.package for one in installed}
+
+
+def test_what_is_generated_is_the_same_in_every_process():
+    if importlib.util.find_spec("reasoning_gym") is None:
+        pytest.skip("reasoning-gym is not installed (extra 'reasoning-gym')")
+    code = (
+        "import zlib; from moteach.bench._prompts import FAMILIES, _generated; "
+        "print([(f, zlib.crc32(repr(_generated([f], 0, each=5)).encode())) for names in FAMILIES.values() for f in names])"
+    )
+    said = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            check=True,
+            env={**os.environ, "PYTHONHASHSEED": hash_seed},
+        ).stdout
+        for hash_seed in ("1", "2")
+    }
+    assert len(said) == 1
+    assert len(said.pop()) > 200
