@@ -29,7 +29,7 @@ from moteach.routing.quality import (
 from moteach.types import Prompt
 
 RISK = 0.05
-"""Risk at which the coverage is reported."""
+"""Risk at which the coverage is reported, unless another is given."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +66,9 @@ def read_prompts(path: Path) -> list[Prompt]:
     return prompts
 
 
-def measure(router: Router, prompts: Sequence[Prompt], experts: Sequence[ExpertSpec]) -> dict[str, Any]:
+def measure(
+    router: Router, prompts: Sequence[Prompt], experts: Sequence[ExpertSpec], *, risk: float = RISK
+) -> dict[str, Any]:
     """Compares the routes of labelled prompts with their labels.
 
     A prompt counts as right when its most probable expert (before any threshold) is one that its label names. Prompts with a
@@ -76,10 +78,11 @@ def measure(router: Router, prompts: Sequence[Prompt], experts: Sequence[ExpertS
         router: Bound to `experts`.
         prompts: What to route.
         experts: The experts, in the router's order.
+        risk: Share of wrong ones that `coverage_at_risk` allows.
 
     Returns:
         In JSON types: `accuracy`, `ece` (15 bins of equal width), `aurc`, `macro_f1`, `coverage` (share that is not abstained
-        on), `routed_accuracy` (of those), `coverage_at_risk` (largest share with at most 5 % wrong), `abstained_outside`,
+        on), `routed_accuracy` (of those), `coverage_at_risk` (largest share with at most `risk` wrong), `abstained_outside`,
         `ood_auroc` by score or None, `contingency` {label: {chosen: prompts}} (a prompt of several experts counts for the
         chosen one if right, else for the first), and `rows`, one a domain.
 
@@ -115,7 +118,7 @@ def measure(router: Router, prompts: Sequence[Prompt], experts: Sequence[ExpertS
         "macro_f1": macro_f1(table) if int(table.sum()) else 0.0,
         "coverage": float(routed[inside].double().mean()),
         "routed_accuracy": accuracy(correct[inside & routed]) if bool((inside & routed).any()) else None,
-        "coverage_at_risk": coverage_at_risk(said.confidence[inside], correct[inside], risk=RISK),
+        "coverage_at_risk": coverage_at_risk(said.confidence[inside], correct[inside], risk=risk),
         "abstained_outside": float((~routed[outside]).double().mean()) if bool(outside.any()) else None,
         "ood_auroc": {name: auroc(score[inside], score[outside]) for name, score in said.familiar.items()}
         if bool(outside.any())
