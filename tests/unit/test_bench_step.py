@@ -90,7 +90,7 @@ def test_the_benchmark_measures_both_arms_on_any_config_of_train(tmp_path, capsy
         (["step", "warmup=x"], "got 'x'"),
         (["memory", "otu=x"], "did you mean 'out'"),
         (["figure", "out=x.svg"], r"runs=[DIR,DIR]"),
-        (["_floor"], "valid choices: divergence, figure, memory, step"),
+        (["_floor"], "valid choices: divergence, figure, memory, routing, step"),
     ],
 )
 def test_what_cannot_be_run_is_one_line_and_code_2(argv, message, capsys):
