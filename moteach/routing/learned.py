@@ -231,3 +231,9 @@ def _learner(router: str, head: Head, arguments: dict[str, Any]) -> Learner:
     settings = LearnerSettings(**{field.name: arguments[field.name] for field in fields(LearnerSettings)})
     kept = {name: value for name, value in arguments.items() if name not in _LOCAL}
     return Learner(router=router, head=head, policy=policy, settings=settings, arguments=kept)
+
+
+ROUTERS: dict[str, type[Any]] = {
+    cls.__name__: cls for cls in (EmbeddingPrototypeRouter, EmbeddingKnnRouter, ClassifierRouter)
+}
+"""What a saved router may have been saved by."""

@@ -11,7 +11,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from moteach.catalogue.spec import ExpertSpec
 from moteach.errors import ConfigError, nearest
+from moteach.types import Prompt, Routing
 
 Weighting = Literal["hard", "top_m", "soft"]
 OnAbstain = Literal["skip", "fallback", "uniform"]
@@ -152,3 +154,42 @@ class Policy:
         raw = torch.where(abstained[:, None], instead, raw)
         total = raw.sum(dim=1, keepdim=True)
         return raw / torch.where(total == 0, torch.ones_like(total), total)
+
+
+def decide(
+    policy: Policy,
+    experts: Sequence[ExpertSpec],
+    prompts: Sequence[Prompt],
+    scores: Float[Tensor, "prompt teacher"],
+) -> Routing:
+    """Makes a routing of scores in nats: softmax, then `Policy.weights`; the confidence is the chosen expert's probability.
+
+    Args:
+        policy: What becomes of the probabilities.
+        experts: In the order of the columns; those of weight zero get nothing.
+        prompts: One a row.
+        scores: -inf where an expert cannot be chosen; a row of them abstains.
+    """
+    # In the order of their names, so that no sum depends on how the experts were listed.
+    order = sorted(range(len(experts)), key=lambda column: experts[column].name)
+    back = [order.index(column) for column in range(len(experts))]
+    listed = [experts[column] for column in order]
+    importance = torch.tensor([expert.weight for expert in listed], dtype=torch.float64)
+    probabilities = scores.double()[:, order].masked_fill(importance == 0, -torch.inf).softmax(dim=1)
+    probabilities = torch.nan_to_num(probabilities, nan=0.0)
+    weights = policy.weights(
+        probabilities,
+        torch.zeros(len(prompts), dtype=torch.bool),
+        importance=importance,
+        names=[expert.name for expert in listed],
+        costs=torch.tensor([expert.cost for expert in listed], dtype=torch.float64),
+    )
+    abstained = weights.sum(dim=1) == 0
+    chosen = probabilities.gather(1, weights.argmax(dim=1, keepdim=True))[:, 0]
+    return Routing(
+        teacher_ids=tuple(expert.name for expert in experts),
+        prompt_ids=tuple(prompt.prompt_id for prompt in prompts),
+        weights=weights[:, back].float(),
+        confidence=chosen.float().clamp(0, 1).masked_fill(abstained, 0.0),
+        abstained=abstained,
+    )

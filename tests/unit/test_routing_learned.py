@@ -343,11 +343,11 @@ def test_a_price_counts_in_nats_before_hard_top_m_and_soft() -> None:
 
 
 def test_a_price_moves_a_prompt_only_where_the_router_is_not_sure(experts: list[ExpertSpec]) -> None:
-    dear = [replace(expert, cost=2.25 if expert.name == "math" else 0.0) for expert in experts]
+    dear = [replace(expert, cost=2.5 if expert.name == "math" else 0.0) for expert in experts]
     texts = ["12+6=", "rev(12)"]
     free, paid = (bound(dear, cost_weight=w).learned.decide(texts) for w in (0.0, 1.0))
     bound_odds = free[1].probabilities[:, 0] / free[1].probabilities[:, 1]
-    assert (paid[0].weights[:, 0] == 1).tolist() == (bound_odds > math.exp(2.25)).tolist()
+    assert (paid[0].weights[:, 0] == 1).tolist() == (bound_odds > math.exp(2.5)).tolist()
     assert paid[0].weights.tolist() != free[0].weights.tolist()
     chosen = free[1].probabilities.gather(1, paid[0].weights.argmax(dim=1, keepdim=True))[:, 0]
     torch.testing.assert_close(paid[0].confidence, chosen.float())
