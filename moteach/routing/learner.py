@@ -104,7 +104,7 @@ class Learner:
             ConfigError: There is nothing to learn from, or the saved router does not fit.
             DataError: A file cannot be read, or what is calibrated on was learned from.
         """
-        self._take({expert.name: expert.weight for expert in experts}, {expert.name: expert.cost for expert in experts})
+        self._take({expert.name: (expert.weight, expert.cost) for expert in experts})
         self._domains = {expert.name: list(expert.domains) for expert in experts}
         if self.settings.path is not None:
             self._restore(read_router(Path(self.settings.path)))
@@ -119,18 +119,15 @@ class Learner:
     def bind_saved(self) -> None:
         """Takes the saved router that `path` names with the experts, domains and weights it was saved with."""
         saved = read_router(Path(str(self.settings.path)))
-        self._take(
-            {row["name"]: float(row["weight"]) for row in saved.experts},
-            {row["name"]: float(row.get("cost", 0.0)) for row in saved.experts},
-        )
+        self._take({row["name"]: (float(row["weight"]), float(row.get("cost", 0.0))) for row in saved.experts})
         self._domains = {row["name"]: list(row["domains"]) for row in saved.experts}
         self._restore(saved)
 
-    def _take(self, weights: dict[str, float], costs: dict[str, float]) -> None:
-        self._names = tuple(weights)
+    def _take(self, numbers: dict[str, tuple[float, float]]) -> None:
+        self._names = tuple(numbers)
         self.policy.check(self._names)
-        self._importance = torch.tensor([weights[name] for name in sorted(weights)], dtype=torch.float64)
-        self._costs = torch.tensor([costs[name] for name in sorted(weights)], dtype=torch.float64)
+        self._importance = torch.tensor([numbers[name][0] for name in sorted(numbers)], dtype=torch.float64)
+        self._costs = torch.tensor([numbers[name][1] for name in sorted(numbers)], dtype=torch.float64)
 
     def _calibrate(self, experts: Sequence[ExpertSpec]) -> None:
         """Fits the calibration on scores of texts that the scoring head has not seen."""
