@@ -21,11 +21,12 @@ from moteach.objectives.base import Scored, token_weights
 from moteach.objectives.metrics import rollout_metrics, teacher_metrics, token_metrics
 from moteach.objectives.mix import Mix, outcome_advantages
 from moteach.rollouts.base import RolloutEngine
-from moteach.routing.base import Router
+from moteach.routing.base import ObservingRouter, Router, RoutingFeedback
 from moteach.routing.metrics import routing_metrics
 from moteach.students import Student
 from moteach.teachers.base import Teacher
 from moteach.teachers.pool import TeacherPool
+from moteach.teachers.reuse import ReusingTeachers
 from moteach.tracking.base import Tracker
 from moteach.tracking.traces import Traces
 from moteach.types import Evidence, LossOutput, Prompt, RolloutBatch, Routing, Support
@@ -97,7 +98,7 @@ class Trainer:
 
     settings: TrainerSettings
     learner: Learner
-    teachers: TeacherPool
+    teachers: TeacherPool | ReusingTeachers
     router: Router
     sampler: Sampler
     engine: RolloutEngine
@@ -246,10 +247,14 @@ class Trainer:
         rewards: Sequence[float],
         output: LossOutput,
     ) -> None:
-        """Tells the sampler what the step showed, and writes the step's metrics and traces."""
+        """Tells the sampler, and a router that learns, what the step showed, and writes the step's metrics and traces."""
         with self.watch("record"):
             of_tokens = token_metrics(rollouts, output.token_stats)
             self.sampler.observe(_feedback(step, rollouts, rewards, of_tokens))
+            if isinstance(self.router, ObservingRouter):
+                self.router.observe(
+                    RoutingFeedback(step=step, rollouts=rollouts, routing=routing, rewards=tuple(rewards))
+                )
             metrics = {
                 "loss": float(output.loss),
                 **of_tokens,

@@ -55,6 +55,8 @@ class ExpertSpec:
     """Checkpoint the expert was trained from, for the objectives that compare an expert with its origin."""
     weight: float = 1.0
     """Relative importance of the expert in the run, at least 0."""
+    cost: float = 0.0
+    """Relative price of a token this expert grades, at least 0; read by routers with `cost_weight`."""
     dtype: str = "float32"
     """`float32`, `bfloat16` or `auto`."""
     description: str = ""
@@ -93,8 +95,9 @@ def problems_of(spec: ExpertSpec) -> list[tuple[str | None, str]]:
     problems: list[tuple[str | None, str]] = []
     if not NAME_PATTERN.fullmatch(spec.name):
         problems.append((None, name_message(spec.name)))
-    if not (math.isfinite(spec.weight) and spec.weight >= 0):
-        problems.append(("weight", f"expected a finite number of at least 0 for 'weight', got {spec.weight}"))
+    for key, value in (("weight", spec.weight), ("cost", spec.cost)):
+        if not (math.isfinite(value) and value >= 0):
+            problems.append((key, f"expected a finite number of at least 0 for '{key}', got {value}"))
     if spec.dtype not in DTYPES:
         problems.append(
             ("dtype", f"expected a precision for 'dtype', got '{spec.dtype}'; {nearest(spec.dtype, DTYPES)}")

@@ -28,6 +28,7 @@ from moteach.config.checks import (
     check_teachers,
     drawn_prompts,
 )
+from moteach.config.connect import check_router_needs, connect_router
 from moteach.config.parts import build_balance, build_mix, build_objective, build_token_weights
 from moteach.config.schema import IGNORED_ON_RESUME
 from moteach.data.base import DEFAULT_DOMAIN, PromptSet, check_disjoint, domain_of, fingerprint, rows_by_domain
@@ -121,6 +122,7 @@ def assemble(cfg: DictConfig, *, trackers: Sequence[Tracker] = ()) -> Job:
         answers=Answers(tokenizer) if cfg.mix.supervised > 0 else None,
         identity=identity_of(cfg, experts, prompts),
     )
+    connect_router(trainer)
     job = Job(cfg=cfg, run_dir=run_dir, trainer=trainer, prompts=prompts, experts=experts, tokenizer=tokenizer)
     _check(job)
     return job
@@ -145,6 +147,7 @@ def _check(job: Job) -> None:
     shares = OmegaConf.select(cfg, "sampler.mixture") or domain_weights(prompts, job.experts)
     drawn = drawn_prompts(prompts, shares)
     check_labels(trainer.router, drawn)
+    check_router_needs(trainer.router, drawn)
     check_exemplars(trainer.router, prompts.evaluation)
     check_mix(trainer.mix, drawn)
     held_out = prompts.evaluation if cfg.eval.enabled else ()

@@ -21,10 +21,11 @@ from moteach.teachers.hf import HFTeacher
 from moteach.teachers.lora import LoRATeacher
 from moteach.teachers.pool import TeacherPool
 from moteach.teachers.preflight import check
+from moteach.teachers.reuse import ReusingTeachers
 from moteach.types import Prompt
 
 
-def check_teachers(experts: Sequence[ExpertSpec], student: Student, teachers: TeacherPool) -> None:
+def check_teachers(experts: Sequence[ExpertSpec], student: Student, teachers: TeacherPool | ReusingTeachers) -> None:
     """Compares the vocabulary, special tokens and head of every teacher with the student's, without any probe prompt.
 
     Raises:

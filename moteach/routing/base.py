@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -11,7 +12,10 @@ from torch import Tensor
 
 from moteach.catalogue.spec import ExpertSpec
 from moteach.errors import ConfigError
-from moteach.types import Prompt, RolloutBatch, Routing
+from moteach.types import Evidence, Prompt, RolloutBatch, Routing
+
+Ask = Callable[[RolloutBatch, Routing], Evidence]
+"""Asks the teachers that a routing names about its rows; answers with the logprob of each written token (`sampled`)."""
 
 
 @runtime_checkable
@@ -37,6 +41,41 @@ class Router(Protocol):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores `state_dict`."""
+        ...
+
+
+@runtime_checkable
+class AskingRouter(Protocol):
+    """A router that wants to hear teachers before it decides; what they say is not paid for a second time."""
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """`evidence` where `bind_teachers` has to be called before `route`; `rewards` where prompts need a verifier."""
+        ...
+
+    def bind_teachers(self, ask: Ask) -> None:
+        """Hands over how teachers are asked; called once, after `bind`."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoutingFeedback:
+    """What came of one step's routes: the verified rewards, never the distillation loss."""
+
+    step: int
+    rollouts: RolloutBatch
+    """The very batch that `route` saw."""
+    routing: Routing
+    rewards: tuple[float, ...]
+    """Verified score of each row, NaN where there is no verifier."""
+
+
+@runtime_checkable
+class ObservingRouter(Protocol):
+    """A router that learns while the student is trained."""
+
+    def observe(self, feedback: RoutingFeedback) -> None:
+        """Learns from one step, after its update and before the checkpoint."""
         ...
 
 

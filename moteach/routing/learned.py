@@ -31,7 +31,7 @@ class EmbeddingPrototypeRouter:
         top_k: Nearest exemplars that count, unless `centroid`.
         score_temperature: What cosines are divided by before the softmax; calibration scales it again.
         encoder, cache, calibration, folds, calibration_path, labelled_path, path: See `LearnerSettings`.
-        weighting, m, temperature, min_confidence, min_similarity, min_energy, on_abstain, fallback: See `Policy`.
+        weighting, m, temperature, min_confidence, min_similarity, min_energy, on_abstain, fallback, cost_weight: See `Policy`.
     """
 
     def __init__(
@@ -53,6 +53,7 @@ class EmbeddingPrototypeRouter:
         min_energy: float | None = None,
         on_abstain: OnAbstain = "skip",
         fallback: str | None = None,
+        cost_weight: float = 0.0,
         labelled_path: str | None = None,
         path: str | None = None,
     ) -> None:
@@ -97,7 +98,7 @@ class EmbeddingKnnRouter:
         votes: `distance` weighs a vote by 1 / distance, `uniform` all alike.
         smoothing: Share of the votes that every expert gets for nothing.
         encoder, cache, calibration, folds, calibration_path, labelled_path, path: See `LearnerSettings`.
-        weighting, m, temperature, min_confidence, min_similarity, min_energy, on_abstain, fallback: See `Policy`.
+        weighting, m, temperature, min_confidence, min_similarity, min_energy, on_abstain, fallback, cost_weight: See `Policy`.
     """
 
     def __init__(
@@ -119,6 +120,7 @@ class EmbeddingKnnRouter:
         min_energy: float | None = None,
         on_abstain: OnAbstain = "skip",
         fallback: str | None = None,
+        cost_weight: float = 0.0,
         labelled_path: str | None = None,
         path: str | None = None,
     ) -> None:
@@ -164,7 +166,7 @@ class ClassifierRouter:
         max_iterations: Most iterations of L-BFGS.
         seed: Start of the hidden layer.
         encoder, cache, calibration, folds, calibration_path, labelled_path, path: See `LearnerSettings`.
-        weighting, m, temperature, min_confidence, min_similarity, min_energy, on_abstain, fallback: See `Policy`.
+        weighting, m, temperature, min_confidence, min_similarity, min_energy, on_abstain, fallback, cost_weight: See `Policy`.
     """
 
     def __init__(
@@ -187,6 +189,7 @@ class ClassifierRouter:
         min_energy: float | None = None,
         on_abstain: OnAbstain = "skip",
         fallback: str | None = None,
+        cost_weight: float = 0.0,
         labelled_path: str | None = None,
         path: str | None = None,
     ) -> None:
@@ -228,3 +231,9 @@ def _learner(router: str, head: Head, arguments: dict[str, Any]) -> Learner:
     settings = LearnerSettings(**{field.name: arguments[field.name] for field in fields(LearnerSettings)})
     kept = {name: value for name, value in arguments.items() if name not in _LOCAL}
     return Learner(router=router, head=head, policy=policy, settings=settings, arguments=kept)
+
+
+ROUTERS: dict[str, type[Any]] = {
+    cls.__name__: cls for cls in (EmbeddingPrototypeRouter, EmbeddingKnnRouter, ClassifierRouter)
+}
+"""What a saved router may have been saved by."""

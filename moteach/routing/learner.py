@@ -85,6 +85,7 @@ class Learner:
         self._vectors = torch.zeros(0, 1)
         self._names: tuple[str, ...] = ()
         self._importance = torch.zeros(0, dtype=torch.float64)
+        self._costs = torch.zeros(0, dtype=torch.float64)
         self._domains: dict[str, list[str]] = {}
         self._temperature = 1.0
         self._isotonic: tuple[list[float], list[float]] | None = None
@@ -103,7 +104,7 @@ class Learner:
             ConfigError: There is nothing to learn from, or the saved router does not fit.
             DataError: A file cannot be read, or what is calibrated on was learned from.
         """
-        self._take({expert.name: expert.weight for expert in experts})
+        self._take({expert.name: (expert.weight, expert.cost) for expert in experts})
         self._domains = {expert.name: list(expert.domains) for expert in experts}
         if self.settings.path is not None:
             self._restore(read_router(Path(self.settings.path)))
@@ -118,14 +119,15 @@ class Learner:
     def bind_saved(self) -> None:
         """Takes the saved router that `path` names with the experts, domains and weights it was saved with."""
         saved = read_router(Path(str(self.settings.path)))
-        self._take({row["name"]: float(row["weight"]) for row in saved.experts})
+        self._take({row["name"]: (float(row["weight"]), float(row.get("cost", 0.0))) for row in saved.experts})
         self._domains = {row["name"]: list(row["domains"]) for row in saved.experts}
         self._restore(saved)
 
-    def _take(self, weights: dict[str, float]) -> None:
-        self._names = tuple(weights)
+    def _take(self, numbers: dict[str, tuple[float, float]]) -> None:
+        self._names = tuple(numbers)
         self.policy.check(self._names)
-        self._importance = torch.tensor([weights[name] for name in sorted(weights)], dtype=torch.float64)
+        self._importance = torch.tensor([numbers[name][0] for name in sorted(numbers)], dtype=torch.float64)
+        self._costs = torch.tensor([numbers[name][1] for name in sorted(numbers)], dtype=torch.float64)
 
     def _calibrate(self, experts: Sequence[ExpertSpec]) -> None:
         """Fits the calibration on scores of texts that the scoring head has not seen."""
@@ -218,10 +220,19 @@ class Learner:
         columns = self._columns(self._names)
         inverse = [columns.index(place) for place in range(len(columns))]
         weights = self.policy.weights(
-            scores.probabilities[:, inverse], unsure, importance=self._importance, names=sorted(self._names)
+            scores.probabilities[:, inverse],
+            unsure,
+            importance=self._importance,
+            names=sorted(self._names),
+            costs=self._costs,
         )[:, columns].float()
         abstained = weights.sum(dim=1) == 0
-        confidence = scores.confidence.float().clamp(0, 1).masked_fill(abstained, 0.0)
+        confidence = scores.confidence
+        if self.policy.cost_weight > 0 and weights.shape[1]:
+            # A price may choose another expert than the most probable one, of which nothing more than its probability is known.
+            chosen = scores.probabilities.gather(1, weights.argmax(dim=1, keepdim=True))[:, 0]
+            confidence = torch.minimum(confidence, chosen)
+        confidence = confidence.float().clamp(0, 1).masked_fill(abstained, 0.0)
         routing = Routing(
             teacher_ids=self._names,
             prompt_ids=tuple(texts),
@@ -285,7 +296,10 @@ class Learner:
             )
         knots = None if self._isotonic is None else {"knots": self._isotonic[0], "values": self._isotonic[1]}
         weights = dict(zip(sorted(self._names), self._importance.tolist(), strict=True))
-        experts = [{"name": n, "domains": self._domains[n], "weight": weights[n]} for n in self._names]
+        costs = dict(zip(sorted(self._names), self._costs.tolist(), strict=True))
+        experts = [
+            {"name": n, "domains": self._domains[n], "weight": weights[n], "cost": costs[n]} for n in self._names
+        ]
         saved = SavedRouter(
             router=self.router,
             head=self.head.settings,

@@ -38,7 +38,7 @@ class SavedRouter:
     encoder: str
     encoder_identity: str
     experts: tuple[Mapping[str, Any], ...]
-    """`name`, `domains`, `weight` of each expert, in the order of the routes."""
+    """`name`, `domains`, `weight`, `cost` of each expert, in the order of the routes."""
     exemplars: Exemplars
     vectors: Float[Tensor, "exemplar hidden"]
     tensors: Mapping[str, Tensor]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import tempfile
+import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,8 @@ import yaml
 
 from moteach.catalogue.spec import ExpertSpec
 from moteach.config.build import build
-from moteach.types import Prompt, Routing
+from moteach.routing.base import AskingRouter
+from moteach.types import Evidence, Prompt, Rollout, RolloutBatch, Routing, TeacherEvidence
 
 EXEMPLARS = tempfile.TemporaryDirectory()
 FOLDER = Path(EXEMPLARS.name)
@@ -32,7 +35,51 @@ def make(option: Path, experts: list[ExpertSpec], **changed: Any) -> Any:
     node |= {key: value for key, value in {"encoder": "ngrams", "cache": None}.items() if key in node}
     router = build(node | changed, where="router")
     router.bind(experts)
+    if isinstance(router, AskingRouter):
+        router.bind_teachers(say)
+        route = router.route
+        router.route = lambda prompts: route(prompts, completions(prompts))  # type: ignore[method-assign]
     return router
+
+
+def completions(prompts: list[Prompt]) -> RolloutBatch:
+    """A completion of its own for each prompt."""
+    return RolloutBatch.from_rollouts(
+        [
+            Rollout(
+                prompt=prompt,
+                sample=0,
+                completion_ids=(3, 4, 5),
+                rollout_logprobs=(-1.0, -1.0, -1.0),
+                finished=True,
+                student_version=0,
+            )
+            for prompt in prompts
+        ],
+        pad_id=0,
+    )
+
+
+def say(rollouts: RolloutBatch, routing: Routing) -> Evidence:
+    """What teachers that are only a hash of their name and the prompt say; `lost` prompts are heard by none but math."""
+    said = []
+    for name in routing.teacher_ids:
+        rows = [
+            row
+            for row in routing.rows_of(name).tolist()
+            if "lost" not in rollouts.rollouts[row].prompt.text or name == "math"
+        ]
+        tokens = torch.isin(rollouts.token_rows, torch.tensor(rows)).nonzero(as_tuple=True)[0]
+        values = [
+            zlib.crc32(f"{name}{rollouts.rollouts[row].prompt.text}".encode()) / -(2.0**32)
+            for row in rollouts.token_rows[tokens].tolist()
+        ]
+        said.append(
+            TeacherEvidence(
+                teacher_id=name, support="sampled", tokens=tokens, sampled_logprobs=torch.tensor(values).reshape(-1)
+            )
+        )
+    return Evidence(teachers=tuple(said), num_tokens=rollouts.num_tokens)
 
 
 def exemplars_of(name: str) -> Path:
@@ -71,6 +118,7 @@ def check(routing: Routing, rows: int, teachers: int) -> None:
 
 def test_there_are_options() -> None:
     names = {"label", "uniform", "random", "oracle", "embedding_prototype", "embedding_knn", "classifier"}
+    names |= {"likelihood", "learned"}
     assert names <= {path.stem for path in FILES}
 
 
@@ -105,6 +153,16 @@ def test_the_order_of_the_prompts_does_not_matter(path: Path) -> None:
     torch.testing.assert_close(torch.cat([router.route([row]).weights for row in rows]), straight)
 
 
+def test_a_dropped_or_a_failed_rollout_moves_no_other_prompt(path: Path) -> None:
+    router, rows = make(path, experts(5)), prompts(5)
+    straight = router.route(rows).weights
+    kept = [0, 2, 3, 6]
+    assert torch.equal(router.route([rows[i] for i in kept]).weights, straight[kept])
+    failed = [replace(row, text=f"lost {row.text}") if i == 1 else row for i, row in enumerate(rows)]
+    others = [0, 2, 3, 4, 5, 6]
+    assert torch.equal(router.route(failed).weights[others], straight[others])
+
+
 def test_experts_of_weight_zero_get_nothing_they_share(path: Path) -> None:
     routing = make(path, experts(3, weights=(1.0, 0.0, 1.0))).route(prompts(3))
     shared = routing.weights[3]
@@ -129,10 +187,11 @@ def test_the_same_seed_gives_the_same_routes(path: Path) -> None:
     assert torch.equal(first.confidence, second.confidence)
 
 
+SOFT = [path for path in FILES if "weighting" in path.read_text()]
 LEARNED = [path for path in FILES if "encoder" in path.read_text()]
 
 
-@pytest.mark.parametrize("learned", LEARNED, ids=lambda path: path.stem)
+@pytest.mark.parametrize("learned", SOFT, ids=lambda path: path.stem)
 @pytest.mark.parametrize("weighting", ["top_m", "soft"])
 def test_soft_weights_hold_the_contract_too(learned: Path, weighting: str) -> None:
     given, order = experts(5), [3, 0, 4, 1, 2]
@@ -141,6 +200,20 @@ def test_soft_weights_hold_the_contract_too(learned: Path, weighting: str) -> No
     assert int((straight.weights > 0).sum(dim=1).max()) == (3 if weighting == "top_m" else 5)
     permuted = make(learned, [given[i] for i in order], weighting=weighting, m=3).route(prompts(5))
     torch.testing.assert_close(permuted.weights, straight.weights[:, order], atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("learned", SOFT, ids=lambda path: path.stem)
+def test_an_expensive_expert_gets_less_where_costs_count(learned: Path) -> None:
+    given = experts(5)
+    dear = [replace(expert, cost=50.0 * (expert.name == "math")) for expert in given]
+    free = make(learned, given, weighting="soft").route(prompts(5)).weights
+    ignored = make(learned, dear, weighting="soft").route(prompts(5)).weights
+    assert torch.equal(ignored, free)
+    paid = make(learned, dear, weighting="soft", cost_weight=1.0).route(prompts(5))
+    check(paid, 7, 5)
+    assert bool((paid.weights[:, 0] < 1e-6).all())
+    left = free[:, 1:] / free[:, 1:].sum(dim=1, keepdim=True)
+    torch.testing.assert_close(paid.weights[:, 1:], left, atol=1e-5, rtol=1e-3)
 
 
 @pytest.mark.parametrize("learned", LEARNED, ids=lambda path: path.stem)

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from moteach.catalogue.spec import ExpertSpec
 from moteach.errors import CheckpointError, ConfigError, DataError, MissingFileError
 from moteach.routing.exemplars import check_leak, gather, read_exemplars, read_labelled
 from moteach.routing.learned import ClassifierRouter, EmbeddingKnnRouter, EmbeddingPrototypeRouter
-from moteach.routing.policy import Policy
+from moteach.routing.policy import Policy, priced
 from moteach.routing.reference import OracleRouter, RandomRouter
 from moteach.types import Prompt
 
@@ -316,3 +318,36 @@ def test_the_oracle_reads_labels_and_abstains_without(experts: list[ExpertSpec])
         prompt("z", domain="codes"),
     ]
     assert keyed.route(rows).weights.tolist() == [[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]
+
+
+def test_a_price_counts_in_nats_before_hard_top_m_and_soft() -> None:
+    probabilities = torch.tensor([[0.5, 0.3, 0.2], [0.0, 0.6, 0.4], [0.0, 0.0, 0.0]]).double()
+    costs = torch.tensor([3.0, 2.0, 1.0]).double()
+    logits = probabilities.log() - 0.7 * costs
+    expected = torch.nan_to_num(logits.softmax(dim=1), nan=0.0)
+    torch.testing.assert_close(priced(probabilities, costs, cost_weight=0.7), expected)
+    assert priced(probabilities, costs, cost_weight=0.0) is probabilities
+    given: dict[str, Any] = {
+        "importance": torch.ones(3).double(), "names": ("a", "b", "c"), "costs": costs,
+    }  # fmt: skip
+    nobody = torch.zeros(3, dtype=torch.bool)
+    soft = Policy(weighting="soft", cost_weight=0.7).weights(probabilities, nobody, **given)
+    torch.testing.assert_close(soft, expected)
+    hard = Policy(cost_weight=0.7).weights(probabilities, nobody, **given)
+    assert hard.tolist() == [[0.0, 0.0, 1.0], [0.0, 0.0, 1.0], [0.0, 0.0, 0.0]]
+    top = Policy(weighting="top_m", m=2, cost_weight=0.7).weights(probabilities, nobody, **given)
+    assert (top > 0).tolist() == [[False, True, True], [False, True, True], [False] * 3]
+    assert bool(torch.isfinite(priced(probabilities, costs * 1e4, cost_weight=1.0)).all())
+    with pytest.raises(ConfigError, match="cost_weight"):
+        Policy(cost_weight=-1.0)
+
+
+def test_a_price_moves_a_prompt_only_where_the_router_is_not_sure(experts: list[ExpertSpec]) -> None:
+    dear = [replace(expert, cost=2.5 if expert.name == "math" else 0.0) for expert in experts]
+    texts = ["12+6=", "rev(12)"]
+    free, paid = (bound(dear, cost_weight=w).learned.decide(texts) for w in (0.0, 1.0))
+    bound_odds = free[1].probabilities[:, 0] / free[1].probabilities[:, 1]
+    assert (paid[0].weights[:, 0] == 1).tolist() == (bound_odds > math.exp(2.5)).tolist()
+    assert paid[0].weights.tolist() != free[0].weights.tolist()
+    chosen = free[1].probabilities.gather(1, paid[0].weights.argmax(dim=1, keepdim=True))[:, 0]
+    torch.testing.assert_close(paid[0].confidence, chosen.float())

@@ -1,0 +1,35 @@
+"""Wires a router to what it declares to need: the teachers' evidence, and prompts with a verifier."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from moteach.errors import ConfigError
+from moteach.routing.base import AskingRouter
+from moteach.teachers.pool import TeacherPool
+from moteach.teachers.reuse import ReusingTeachers
+from moteach.trainer import Trainer
+from moteach.types import Prompt
+
+
+def connect_router(trainer: Trainer) -> None:
+    """Gives a router that needs evidence a way to ask the trainer's teachers, who then remember what they said."""
+    router, pool = trainer.router, trainer.teachers
+    if isinstance(router, AskingRouter) and "evidence" in router.needs and isinstance(pool, TeacherPool):
+        teachers = ReusingTeachers(pool, support=trainer.settings.support, k=trainer.settings.k)
+        trainer.teachers = teachers
+        router.bind_teachers(teachers.ask)
+
+
+def check_router_needs(router: Any, drawn: Sequence[Prompt]) -> None:
+    """Looks for the verifiers that a router learns from.
+
+    Raises:
+        ConfigError: No training prompt has one.
+    """
+    if "rewards" in getattr(router, "needs", ()) and not any(prompt.verifier for prompt in drawn):
+        raise ConfigError(
+            f"router={type(router).__name__}: expected training prompts with a column 'verifier', got none; it would send "
+            "prompts to random teachers throughout. Add the column, or choose router=embedding_prototype"
+        )
