@@ -64,6 +64,7 @@ class Learner:
             The detached loss and the per-token statistics of the whole batch, in its packed order; `weight` is the final
             weight of each token.
         """
+        scored = self.prepared(scored)
         parts = self.micro_batches(len(scored.rollouts))
         weigh = weigh and self.weighs
         metrics: dict[str, float] = {}
@@ -85,6 +86,11 @@ class Learner:
             for name, values in output.token_stats.items():
                 stats.setdefault(name, values.new_zeros(len(kept)))[kept] = values
         return LossOutput(loss=total, denominator=1.0, token_stats=stats, metrics=metrics)
+
+    def prepared(self, scored: Scored) -> Scored:
+        """Adds what the objective needs to know about whole completions, once a batch."""
+        prepare = getattr(self.objective, "prepared", None)
+        return scored if prepare is None else cast(Scored, prepare(scored))
 
     def supervised(self, rollouts: RolloutBatch, weight: float) -> float:
         """Adds the gradient of weight * cross-entropy, averaged over sequences and their tokens; returns the loss."""

@@ -44,6 +44,8 @@ __all__ = [
 ]
 
 _CONTEXT = frozenset({"student_logprobs"})
+_SPENT = frozenset({"sequence_logprobs"})
+"""What a pool may need that is already in the weights when the kernel gets them."""
 _STATS = ("divergence", "student_entropy", "target_entropy", "neg_log_z")
 _MASSES = ("student_mass", "teacher_mass")
 OF_WRITTEN = ("student_logprobs", "target_logprobs", "log_ratio")
@@ -136,7 +138,9 @@ class PooledJob:
         hidden = student_hidden.index_select(0, group.tokens)
         student = student_chunk(hidden, self.head, self.student_temperature)
         watch = Watch(student.logprobs, wanted) if len(group.columns) > 1 and wanted else None
-        pool = self.resolver.accumulator(**({"student_logprobs": student.logprobs} if self.resolver.needs else {}))
+        pool = self.resolver.accumulator(
+            **({"student_logprobs": student.logprobs} if self.resolver.needs & _CONTEXT else {})
+        )
         for column in group.columns:
             logprobs = self._teacher_logprobs(column, group).to(student.logprobs.dtype)
             if watch is not None:
@@ -231,7 +235,7 @@ def make_job(
     for name, temperature in (("student", student_temperature), ("teacher", teacher_temperature)):
         if not temperature > 0.0:
             raise ConfigError(f"expected {name}_temperature > 0, got {temperature}; it divides the logits")
-    unknown = resolver.needs - _CONTEXT
+    unknown = resolver.needs - _CONTEXT - _SPENT
     if unknown:
         raise UnsupportedCombinationError(
             f"expected a pool that needs at most {sorted(_CONTEXT)}, got one that also needs {sorted(unknown)}; the "

@@ -41,6 +41,8 @@ class Scored:
     """What the reference model says (support `full`), when the student is held near to one."""
     credit: Float[Tensor, " packed"] | None = None
     """Advantages of the written tokens for what they lead to, made from the statistics of the whole batch."""
+    sequence_logprobs: Float[Tensor, "batch teacher"] | None = None
+    """Each teacher's mean logprob of the completion, columns as in the routing, when the resolver needs it."""
     stats: Mapping[str, Float[Tensor, " packed"]] | None = None
     """What was measured on these tokens, when something needed it; spares the objective a second look."""
 
@@ -68,6 +70,7 @@ class Scored:
             proximal_logprobs=cut(self.proximal_logprobs),
             credit=cut(self.credit),
             reference=None if self.reference is None else self.reference.select(kept),
+            sequence_logprobs=None if self.sequence_logprobs is None else self.sequence_logprobs[list(rows)],
             stats=None if self.stats is None else {name: values[kept] for name, values in self.stats.items()},
         )
 

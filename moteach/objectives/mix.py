@@ -81,6 +81,11 @@ class MixedObjective:
         credit: Tensor = cast(Any, self.main).credit(rollouts, stats)
         return credit
 
+    def prepared(self, scored: Scored) -> Scored:
+        """Adds what the resolver reads of whole completions, see `moteach.objectives.teaching.Teaching.prepared`."""
+        teaching = getattr(self.main, "teaching", None)
+        return scored if teaching is None else cast(Any, teaching).prepared(scored)
+
     def check(self, support: Support, k: int | None) -> None:
         """Refuses what the teachers' objective refuses."""
         self.main.check(support, k)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from moteach.conflict.base import Resolver
+from moteach.conflict.sequence import SEQUENCE_LOGPROBS, SequenceWeighted
 from moteach.divergences.base import Divergence
 from moteach.divergences.chunked import OF_WRITTEN
 from moteach.divergences.disagreement import OF_TEACHERS
@@ -16,6 +17,7 @@ from moteach.divergences.logprobs import chunked_token_stats
 from moteach.divergences.measure import OF_TOP1, OF_TOPK, measure
 from moteach.errors import RoutingError
 from moteach.objectives.base import Scored, gate_columns
+from moteach.objectives.sequences import sequence_logprobs
 from moteach.routing.base import Gate
 from moteach.types import Evidence, Head, TeacherEvidence
 
@@ -53,12 +55,27 @@ class Teaching:
     resolver: Resolver
 
     def weights(self, scored: Scored) -> Float[Tensor, "packed scored_teacher"]:
-        """Weights of the teachers that scored something, at each token.
+        """Weights of the teachers that scored something, at each token; a resolver of whole completions has changed them.
 
         Raises:
             RoutingError: The gate gives weight to a teacher that was not asked.
         """
-        return gate_columns(self.gate.weights(scored.rollouts, scored.routing), scored.routing, scored.evidence)
+        weights = gate_columns(self.gate.weights(scored.rollouts, scored.routing), scored.routing, scored.evidence)
+        return self._reweighed(weights, scored) if SEQUENCE_LOGPROBS in self.resolver.needs else weights
+
+    def prepared(self, scored: Scored) -> Scored:
+        """Adds what the resolver reads of whole completions, once for all that follows; nothing where it reads nothing."""
+        if SEQUENCE_LOGPROBS not in self.resolver.needs or scored.sequence_logprobs is not None:
+            return scored
+        found = sequence_logprobs(scored.rollouts, scored.routing, scored.evidence)
+        return replace(scored, sequence_logprobs=found)
+
+    def _reweighed(self, weights: Tensor, scored: Scored) -> Tensor:
+        assert isinstance(self.resolver, SequenceWeighted), "sequence statistics without a use for them"
+        given = self.prepared(scored).sequence_logprobs
+        assert given is not None, "prepared() makes them"
+        columns = [scored.routing.teacher_ids.index(entry.teacher_id) for entry in scored.evidence.teachers]
+        return self.resolver.reweigh(weights, given[scored.rollouts.token_rows][:, columns])
 
     def taught(self, scored: Scored) -> Bool[Tensor, " packed"]:
         """True for the tokens to which some teacher has weight."""
