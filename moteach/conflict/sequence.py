@@ -4,10 +4,10 @@ Write CE_k for minus that mean, nats per token, so that exp(CE_k) is the teacher
 same at every token of a completion; it multiplies the weights before any teacher's head is projected, so that a teacher left
 without weight costs nothing there.
 
-Published uses read CE on text that is known to be right: FuseLLM on its training text, PackLLM on the prompt. Here it is read on
-what the student wrote, where a low CE says that the teacher would have written the same, right or wrong: these resolvers favour
-the teacher that is nearest to the student and teaches least. Between teachers that are all good at a prompt this is
-what keeps the student in reach; it finds no competence. Use a router for that.
+Published uses read CE on text that is known to be right: FuseLLM on its training text, PackLLM on the prompt. Here it is read
+on what the student wrote, where a low CE says that the teacher would have written the same, right or wrong: these resolvers
+favour the teacher that is nearest to the student and teaches least. Between teachers that are all good at a prompt this is what
+keeps the student in reach; it finds no competence. Use a router for that.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from moteach.divergences.aggregate import Compared, WeightedSum
 from moteach.divergences.base import Divergence, Pool, PoolTarget, value_and_gradient
 from moteach.divergences.disagreement import STREAMED, Watch
 from moteach.divergences.full import entropy
@@ -60,6 +61,8 @@ class Pooled:
     hidden: Float[Tensor, "token hidden"]
     student: StudentChunk
     target: PoolTarget
+    summed: Compared | None
+    """The sum of the divergences to each teacher, for a resolver that aggregates; None where one to the target is meant."""
     between: dict[str, Float[Tensor, " token"]]
     """How far the teachers are from each other, by the name of the statistic; empty for a single teacher."""
 
@@ -116,19 +119,23 @@ class PooledJob:
             "neg_log_z": pooled.target.neg_log_z,
             **pooled.between,
         }
-        if isinstance(self.divergence, TopK):
-            seen = self.divergence.evaluate(student, target)
-            stats |= {"student_mass": seen.student_mass, "teacher_mass": seen.teacher_mass}
-            value, gradient = seen.value, seen.gradient
-        else:
-            value, gradient = value_and_gradient(self.divergence, student, target)
-        stats["divergence"] = value
+        compared = self._against(student, target) if pooled.summed is None else pooled.summed
+        stats |= compared.masses
+        stats["divergence"] = compared.value
         if self.targets is not None:
             written = self.targets.index_select(0, pooled.group.tokens).unsqueeze(-1)
             stats["student_logprobs"] = student.gather(-1, written).squeeze(-1)
             stats["target_logprobs"] = target.gather(-1, written).squeeze(-1)
             stats["log_ratio"] = stats["target_logprobs"] - stats["student_logprobs"]
-        return value, gradient, stats
+        return compared.value, compared.gradient, stats
+
+    def _against(self, student: Tensor, target: Tensor) -> Compared:
+        if isinstance(self.divergence, TopK):
+            seen = self.divergence.evaluate(student, target)
+            masses = {"student_mass": seen.student_mass, "teacher_mass": seen.teacher_mass}
+            return Compared(value=seen.value, gradient=seen.gradient, masses=masses)
+        value, gradient = value_and_gradient(self.divergence, student, target)
+        return Compared(value=value, gradient=gradient, masses={})
 
     def pool(self, student_hidden: Tensor, group: Group, *, wanted: Collection[str] = ()) -> Pooled:
         """Makes the student's logprobs and the pooled target of one chunk.
@@ -141,17 +148,22 @@ class PooledJob:
         pool = self.resolver.accumulator(
             **({"student_logprobs": student.logprobs} if self.resolver.needs & _CONTEXT else {})
         )
+        each = WeightedSum() if getattr(self.resolver, "aggregates", False) else None
         for column in group.columns:
             logprobs = self._teacher_logprobs(column, group).to(student.logprobs.dtype)
             if watch is not None:
                 watch.add(logprobs)
-            pool.add(logprobs, self.plan.weights[:, column].index_select(0, group.tokens).to(logprobs.dtype))
+            weights = self.plan.weights[:, column].index_select(0, group.tokens).to(logprobs.dtype)
+            if each is not None:
+                each.add(self._against(student.logprobs, logprobs), weights)
+            pool.add(logprobs, weights)
             del logprobs
         return Pooled(
             group=group,
             hidden=hidden,
             student=student,
             target=pool.finish(),
+            summed=None if each is None else each.finish(),
             between={} if watch is None else watch.finish(),
         )
 

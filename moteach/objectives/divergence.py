@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -44,6 +45,8 @@ class DivergenceObjective:
     """
 
     supports: frozenset[Support] = frozenset({"full"})
+    compares_each: ClassVar[bool] = True
+    """It can sum the divergences to each teacher."""
 
     def __init__(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 from jaxtyping import Bool, Float
@@ -44,6 +44,8 @@ class TopKObjective:
     """
 
     supports: frozenset[Support] = frozenset({"full", "topk"})
+    compares_each: ClassVar[bool] = True
+    """It can sum the divergences to each teacher."""
 
     def __init__(
         self,
