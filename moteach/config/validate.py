@@ -207,6 +207,15 @@ def check_aggregate(cfg: DictConfig, objective: MixedObjective) -> None:
         UnsupportedCombinationError: Saying what would be compared with what, and what to choose instead.
     """
     resolver = resolve_target(cfg.conflict._target_, where="conflict")
+    if hasattr(resolver, "combine"):
+        # one teacher at a time is a target for any objective; a term without a teacher has no gradient to combine
+        if cfg.mix.outcome > 0 or cfg.mix.reference > 0:
+            raise UnsupportedCombinationError(
+                f"conflict={getattr(resolver, 'name', resolver.__name__)} combines gradients of teachers, got "
+                f"mix.outcome={cfg.mix.outcome}, mix.reference={cfg.mix.reference}, which belong to none and would be counted "
+                "once a teacher. Set both to 0, or choose conflict=sum_of_divergences|linear|geometric"
+            )
+        return
     if getattr(resolver, "aggregates", False) and not getattr(objective.main, "compares_each", False):
         raise UnsupportedCombinationError(
             f"conflict={getattr(resolver, 'name', resolver.__name__)} keeps one loss a teacher, got objective="

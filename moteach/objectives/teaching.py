@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -60,6 +61,8 @@ class Teaching:
         Raises:
             RoutingError: The gate gives weight to a teacher that was not asked.
         """
+        if scored.teacher_weights is not None:
+            return gate_columns(scored.teacher_weights, scored.routing, scored.evidence)
         weights = gate_columns(self.gate.weights(scored.rollouts, scored.routing), scored.routing, scored.evidence)
         return self._reweighed(weights, scored) if SEQUENCE_LOGPROBS in self.resolver.needs else weights
 
@@ -156,6 +159,12 @@ class Teaching:
             "log_ratio": logprobs - seen.logprobs,
             "abstained": (~target.taught).to(seen.logprobs.dtype),
         }
+
+
+def teaching_of(objective: Any) -> Teaching | None:
+    """The gate and the resolver of an objective, also of one inside a mixture; None where it has none."""
+    found = getattr(getattr(objective, "main", objective), "teaching", None)
+    return found if isinstance(found, Teaching) else None
 
 
 def _topk_of(entry: TeacherEvidence, k: int) -> tuple[Tensor, Tensor]:

@@ -85,6 +85,8 @@ WRONG = [
         "conflict=sum_of_divergences support=sampled objective=sampled_loss",
         r"support=sampled is not defined for conflict=",
     ),
+    ("conflict=pcgrad mix.reference=0.1", r"conflict=pcgrad combines gradients of teachers.*Set both to 0"),
+    ("conflict=cagrad conflict.c=1", r"conflict\.c: expected a radius from 0 to below 1, got 1"),
     ("conflict=perplexity conflict.temperature=0", r"conflict\.temperature: .*conflict=min_ce"),
     (
         "support=topk support.k=8 objective=topk objective.k=8 conflict=inverse_ce",
