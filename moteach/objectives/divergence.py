@@ -129,6 +129,7 @@ class DivergenceObjective:
             token_weights=scored.token_weights,
             divergence=self.divergence,
             resolver=self.teaching.resolver,
+            **self.teaching.beside(scored),
             chunk_size=tokens_per_chunk(self.chunk_size, head),
             student_temperature=self.student_temperature,
             teacher_temperature=self.teacher_temperature,

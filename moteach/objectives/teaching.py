@@ -16,6 +16,7 @@ from moteach.divergences.chunked import OF_WRITTEN
 from moteach.divergences.disagreement import OF_TEACHERS
 from moteach.divergences.logprobs import chunked_token_stats
 from moteach.divergences.measure import OF_TOP1, OF_TOPK, measure
+from moteach.divergences.origins import ANCHOR, REFERENCE
 from moteach.errors import RoutingError
 from moteach.objectives.base import Scored, gate_columns
 from moteach.objectives.sequences import sequence_logprobs
@@ -78,6 +79,15 @@ class Teaching:
             return scored
         found = sequence_logprobs(scored.rollouts, scored.routing, scored.evidence)
         return replace(scored, sequence_logprobs=found)
+
+    def beside(self, scored: Scored) -> dict[str, Any]:
+        """What the kernel needs beside the teachers: their origins and the anchor, for a resolver that compares with them."""
+        found: dict[str, Any] = {}
+        if REFERENCE in self.resolver.needs and scored.references is not None:
+            found["references"] = scored.references.teachers
+        if ANCHOR in self.resolver.needs and scored.reference is not None:
+            found["anchor"] = next(iter(scored.reference.teachers), None)
+        return found
 
     def _reweighed(self, weights: Tensor, scored: Scored) -> Tensor:
         assert isinstance(self.resolver, SequenceWeighted), "sequence statistics without a use for them"
@@ -143,6 +153,7 @@ class Teaching:
             weights=self.weights(scored),
             divergence=divergence,
             resolver=self.resolver,
+            **self.beside(scored),
             chunk_size=chunk_size,
             student_temperature=student_temperature,
             teacher_temperature=teacher_temperature,
