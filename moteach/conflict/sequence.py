@@ -17,10 +17,11 @@ from dataclasses import dataclass
 from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from moteach.conflict.base import Accumulator
+from moteach.conflict.partial import Missing
 from moteach.conflict.pools import Geometric, Linear
 from moteach.conflict.select import Select
 from moteach.errors import ConfigError
@@ -82,12 +83,17 @@ class MinCE:
 
 @dataclass(frozen=True, kw_only=True)
 class InverseCE:
-    """Linear pool with weights proportional to w_k / exp(CE_k) (FuseLLM's AvgCE, arXiv 2401.10491): w_k over the perplexity."""
+    """Linear pool with weights proportional to w_k / exp(CE_k) (FuseLLM's AvgCE, arXiv 2401.10491): w_k over the perplexity.
+
+    Args:
+        missing: As in `Linear`.
+    """
 
     name: ClassVar[str] = "inverse_ce"
-    supports: ClassVar[frozenset[Support]] = frozenset({"full", "sampled"})
+    supports: ClassVar[frozenset[Support]] = frozenset({"full", "topk", "sampled"})
     needs: ClassVar[frozenset[str]] = frozenset({SEQUENCE_LOGPROBS})
     streams: ClassVar[bool] = True
+    missing: Missing = "lower"
 
     def reweigh(
         self, weights: Float[Tensor, "packed teacher"], sequence_logprobs: Float[Tensor, "packed teacher"]
@@ -98,6 +104,16 @@ class InverseCE:
     def accumulator(self, **context: Tensor) -> Accumulator:
         """Starts a linear pool; it holds one distribution."""
         return Linear().accumulator()
+
+    def resolve_topk(
+        self,
+        ids: Int[Tensor, "teacher token given"],
+        logprobs: Float[Tensor, "teacher token given"],
+        weights: Float[Tensor, "token teacher"],
+        k: int,
+    ) -> tuple[Int[Tensor, "token k"], Float[Tensor, "token k"], Float[Tensor, " token"]]:
+        """The linear pool's k likeliest tokens, with the weights as they are."""
+        return Linear(missing=self.missing).resolve_topk(ids, logprobs, weights, k)
 
     def resolve_sampled(
         self, sampled_logprobs: Float[Tensor, "packed teacher"], weights: Float[Tensor, "packed teacher"]

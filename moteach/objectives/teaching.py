@@ -42,11 +42,13 @@ class WrittenTarget:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TopKTarget:
-    """The likeliest tokens of the teacher that was selected at each token."""
+    """The likeliest tokens of the teacher that was selected at each token, or of the pool of several."""
 
     ids: Int[Tensor, "packed k"]
     logprobs: Float[Tensor, "packed k"]
     taught: Bool[Tensor, " packed"]
+    slack: Float[Tensor, " packed"] | None = None
+    """Most probability of these entries that may be wrong, as teachers named different tokens; None where none were pooled."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,6 +119,8 @@ class Teaching:
     def topk(self, scored: Scored, *, k: int) -> TopKTarget:
         """Takes the k likeliest tokens of the teacher with the largest weight (support `topk`); ties: the first one.
 
+        Where several have weight and the resolver pools partial distributions, those of the pool.
+
         Raises:
             RoutingError: A teacher gave no top-k, or fewer than k entries.
         """
@@ -131,7 +135,15 @@ class Teaching:
             mine = (taught & (chosen == column))[entry.tokens]
             ids[entry.tokens[mine]] = given_ids[mine, :k]
             logprobs[entry.tokens[mine]] = given[mine, :k].float()
-        return TopKTarget(ids=ids, logprobs=logprobs, taught=taught)
+        shared = (weights > 0).sum(dim=1) > 1
+        pool = getattr(self.resolver, "resolve_topk", None)
+        if pool is None or not bool(shared.any()):
+            return TopKTarget(ids=ids, logprobs=logprobs, taught=taught)
+        slack = torch.zeros(total)
+        all_ids, all_logprobs = _topk_columns(scored.evidence, k)
+        pooled, values, width = pool(all_ids[:, shared], all_logprobs[:, shared], weights[shared], k)
+        ids[shared], logprobs[shared], slack[shared] = pooled, values.float(), width.float()
+        return TopKTarget(ids=ids, logprobs=logprobs, taught=taught, slack=slack)
 
     def measure_full(
         self,
@@ -196,6 +208,19 @@ def _topk_of(entry: TeacherEvidence, k: int) -> tuple[Tensor, Tensor]:
             f"support.k={k}"
         )
     return entry.topk_ids, entry.topk_logprobs
+
+
+def _topk_columns(evidence: Evidence, k: int) -> tuple[Tensor, Tensor]:
+    """Spreads each teacher's entries over the packed axis; where it scored nothing a zero weight hides it."""
+    given = [_topk_of(entry, k) for entry in evidence.teachers]
+    width = min(ids.shape[1] for ids, _ in given)
+    # distinct ids also where nothing was scored
+    ids = torch.arange(width).expand(len(given), evidence.num_tokens, width).clone()
+    logprobs = torch.full((len(given), evidence.num_tokens, width), float("-inf"))
+    for column, (entry, (own_ids, own)) in enumerate(zip(evidence.teachers, given, strict=True)):
+        ids[column, entry.tokens] = own_ids[:, :width]
+        logprobs[column, entry.tokens] = own[:, :width].float()
+    return ids, logprobs
 
 
 def _sampled_columns(evidence: Evidence) -> Float[Tensor, "packed scored_teacher"]:

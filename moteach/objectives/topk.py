@@ -170,6 +170,8 @@ class TopKObjective:
         )
         stats = dict(output.stats)
         written = self.teaching.written(scored).logprobs.to(stats["student_logprobs"].dtype)
+        if target.slack is not None:
+            stats["topk_slack"] = target.slack.to(written.dtype)
         stats["log_ratio"] = (written - stats["student_logprobs"]).masked_fill(stats["abstained"] > 0, 0.0)
         return LossOutput(loss=output.loss, denominator=1.0, token_stats=stats)
 

@@ -89,7 +89,7 @@ WRONG = [
     ("conflict=cagrad conflict.c=1", r"conflict\.c: expected a radius from 0 to below 1, got 1"),
     ("conflict=perplexity conflict.temperature=0", r"conflict\.temperature: .*conflict=min_ce"),
     (
-        "support=topk support.k=8 objective=topk objective.k=8 conflict=inverse_ce",
+        "support=topk support.k=8 objective=topk objective.k=8 conflict=perplexity",
         r"support=topk is not defined for conflict=",
     ),
     ("conflict=agreement conflict.disagreement=entropy", r"conflict\.disagreement: expected one of jsd, neg_log_z"),
