@@ -12,12 +12,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from moteach.conflict.surgery import Surgery
 from moteach.data.base import domain_of
 from moteach.divergences.disagreement import OF_TEACHERS
 from moteach.divergences.logprobs import chunked_token_logprobs
 from moteach.objectives.balance import Balance, NoBalance, apply_balance
 from moteach.objectives.base import Objective, Scored, token_weights, tokens_per_chunk
+from moteach.objectives.by_teacher import OwnGradients, joined, shares
 from moteach.objectives.mix import supervised_loss
+from moteach.objectives.teaching import teaching_of
 from moteach.objectives.token_weights import TokenWeighting, apply_token_weights
 from moteach.types import Head, LossOutput, RolloutBatch
 
@@ -64,6 +67,11 @@ class Learner:
             The detached loss and the per-token statistics of the whole batch, in its packed order; `weight` is the final
             weight of each token.
         """
+        if self.surgery is not None:
+            return self._operated(scored, weigh=weigh)
+        return self._accumulated(self.prepared(scored), weigh=weigh)
+
+    def _accumulated(self, scored: Scored, *, weigh: bool) -> LossOutput:
         parts = self.micro_batches(len(scored.rollouts))
         weigh = weigh and self.weighs
         metrics: dict[str, float] = {}
@@ -85,6 +93,36 @@ class Learner:
             for name, values in output.token_stats.items():
                 stats.setdefault(name, values.new_zeros(len(kept)))[kept] = values
         return LossOutput(loss=total, denominator=1.0, token_stats=stats, metrics=metrics)
+
+    @property
+    def surgery(self) -> Surgery | None:
+        """The resolver, if it makes one update of the teachers' gradients."""
+        teaching = teaching_of(self.objective)
+        return teaching.resolver if teaching is not None and isinstance(teaching.resolver, Surgery) else None
+
+    def _operated(self, scored: Scored, *, weigh: bool) -> LossOutput:
+        """The loss of each teacher by itself; where autograd is on, their gradients become one update."""
+        surgery, teaching = self.surgery, teaching_of(self.objective)
+        assert surgery is not None, "only for a resolver that combines"
+        assert teaching is not None, "only for a resolver that combines"
+        metrics: dict[str, float] = {}
+        if weigh and self.weighs:
+            scored, metrics = self._weighed(scored, self._measured(scored))
+        parts, outputs, gradients = shares(scored, teaching.weights(scored)), [], OwnGradients(self.student)
+        for part in parts:
+            with gradients.of(part.teacher_id):
+                outputs.append(self._accumulated(part.scored, weigh=False))
+        metrics |= gradients.combine(surgery.combine)
+        loss, stats = joined(parts, outputs, scored.rollouts.num_tokens)
+        seen = {} if scored.stats is None else scored.stats
+        stats |= {name: seen[name] for name in OF_TEACHERS if name in seen}
+        stats["weight"] = scored.token_weights
+        return LossOutput(loss=loss, denominator=1.0, token_stats=stats, metrics=metrics)
+
+    def prepared(self, scored: Scored) -> Scored:
+        """Adds what the objective needs to know about whole completions, once a batch."""
+        prepare = getattr(self.objective, "prepared", None)
+        return scored if prepare is None else cast(Scored, prepare(scored))
 
     def supervised(self, rollouts: RolloutBatch, weight: float) -> float:
         """Adds the gradient of weight * cross-entropy, averaged over sequences and their tokens; returns the loss."""

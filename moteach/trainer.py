@@ -110,7 +110,7 @@ class Trainer:
     """Verified score of each rollout, NaN where there is no verifier."""
     mix: Mix = field(default_factory=Mix)
     reference: Teacher | None = None
-    """The model the student is held near to, with `mix.reference`."""
+    """The model the student is held near to, with `mix.reference`; also what shifts are added to."""
     answers: Callable[[Sequence[Prompt]], RolloutBatch | None] | None = None
     """Writes the prompts' own answers as completions, with `mix.supervised`."""
     identity: Mapping[str, Any] = field(default_factory=dict)
@@ -181,13 +181,17 @@ class Trainer:
         return self.with_references(scored)
 
     def with_references(self, scored: Scored) -> Scored:
-        """Adds what the checkpoints that the teachers were trained from say, where gate or resolver compare with them."""
-        if "references" not in self.learner.objective.needs:
+        """Adds what the teachers' origins and the student's own say, where gate or resolver compare with them."""
+        needs = self.learner.objective.needs
+        if "anchor_logprobs" in needs and self.reference is not None and scored.reference is None:
+            said = self.reference.score(scored.rollouts, support="full")
+            scored = replace(scored, reference=Evidence(teachers=(said,), num_tokens=scored.rollouts.num_tokens))
+        if "references" not in needs:
             return scored
-        said = self.teachers.score_references(
+        origins = self.teachers.score_references(
             scored.rollouts, scored.routing, support=self.settings.support, k=self.settings.k
         )
-        return replace(scored, references=said)
+        return replace(scored, references=origins)
 
     def optimize(self, step: int, scored: Scored) -> LossOutput:
         """Takes one optimizer step, micro-batch by micro-batch; the gradients add up exactly.

@@ -174,8 +174,8 @@ def build_engine(cfg: DictConfig, model: torch.nn.Module, tokenizer: Any) -> Rol
 
 
 def _reference(cfg: DictConfig, *, vocab_size: int) -> HFTeacher | None:
-    """The frozen model the student is held near to; by default the checkpoint it starts from."""
-    if not cfg.mix.reference > 0:
+    """The frozen model the student is held near to, or that shifts are added to; by default the one it starts from."""
+    if not cfg.mix.reference > 0 and "anchor_logprobs" not in build(cfg.conflict, where="conflict").needs:
         return None
     named = cfg.mix.reference_model is not None
     return HFTeacher(

@@ -16,6 +16,7 @@ from moteach.config.build import constructor_parameters, resolve_target
 from moteach.config.parts import build_balance, build_objective, build_token_weights
 from moteach.config.schema import COMPONENT_GROUPS, MULTI_GROUPS
 from moteach.errors import ConfigError, UnsupportedCombinationError, nearest
+from moteach.objectives.mix import MixedObjective
 from moteach.paths import conf_dir
 from moteach.types import Support
 
@@ -191,10 +192,35 @@ def check_learning(cfg: DictConfig) -> None:
             f"conflict.sequence_penalty={penalty} is read by objective=divergence alone, got {type(objective.main).__name__}, "
             "which does not see -log Z; it would be ignored. Choose objective=divergence, or set it to 0"
         )
+    check_aggregate(cfg, objective)
     if cfg.mix.outcome > 0 and cfg.group_size < 2:
         raise ConfigError(
             f"mix.outcome={cfg.mix.outcome} needs group_size of at least 2, got {cfg.group_size}; a completion's advantage is "
             "relative to others of its prompt, and alone it is always zero"
+        )
+
+
+def check_aggregate(cfg: DictConfig, objective: MixedObjective) -> None:
+    """Refuses a resolver that makes no target of its teachers for an objective that reads one.
+
+    Raises:
+        UnsupportedCombinationError: Saying what would be compared with what, and what to choose instead.
+    """
+    resolver = resolve_target(cfg.conflict._target_, where="conflict")
+    if hasattr(resolver, "combine"):
+        # one teacher at a time is a target for any objective; a term without a teacher has no gradient to combine
+        if cfg.mix.outcome > 0 or cfg.mix.reference > 0:
+            raise UnsupportedCombinationError(
+                f"conflict={getattr(resolver, 'name', resolver.__name__)} combines gradients of teachers, got "
+                f"mix.outcome={cfg.mix.outcome}, mix.reference={cfg.mix.reference}, which belong to none and would be counted "
+                "once a teacher. Set both to 0, or choose conflict=sum_of_divergences|linear|geometric"
+            )
+        return
+    if getattr(resolver, "aggregates", False) and not getattr(objective.main, "compares_each", False):
+        raise UnsupportedCombinationError(
+            f"conflict={getattr(resolver, 'name', resolver.__name__)} keeps one loss a teacher, got objective="
+            f"{type(objective.main).__name__}, which reads one target; it would get the linear pool instead. Choose "
+            "objective=divergence|topk, or a pool: conflict=linear|geometric"
         )
 
 

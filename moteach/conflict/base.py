@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -40,7 +40,7 @@ class Accumulator(Protocol):
     """Takes the teachers of a chunk of tokens one at a time."""
 
     def add(self, teacher_logprobs: Float[Tensor, "token vocab"], weights: Float[Tensor, " token"]) -> None:
-        """Adds one teacher.
+        """Adds one teacher; a resolver that needs `reference_logprobs` also takes those of its origin, as `reference`.
 
         The accumulator owns `teacher_logprobs` from here on and may overwrite it: give it a copy to keep yours.
         A weight of zero means that this teacher says nothing about that token, whatever its logprobs are.
@@ -86,6 +86,7 @@ def resolve(
     resolver: Resolver,
     teacher_logprobs: Float[Tensor, "teacher *token vocab"],
     weights: Float[Tensor, "*token teacher"],
+    references: Float[Tensor, "teacher *token vocab"] | None = None,
     **context: Float[Tensor, "*token vocab"],
 ) -> Target:
     """Pools plain tensors; the library entry point.
@@ -94,7 +95,8 @@ def resolve(
         resolver: The pool.
         teacher_logprobs: Normalised logprobs of each teacher; not modified.
         weights: Weight of each teacher at each token, non-negative, summing to one.
-        **context: What `resolver.needs` names.
+        references: Logprobs of the checkpoint each teacher was trained from, for a resolver that needs `reference_logprobs`.
+        **context: What else `resolver.needs` names.
 
     Returns:
         The target, detached, with the token axes of the input.
@@ -109,7 +111,10 @@ def resolve(
         pool = resolver.accumulator(**{name: value.reshape(-1, vocab) for name, value in context.items()})
         for column, logprobs in enumerate(teacher_logprobs):
             copy = logprobs.detach().reshape(-1, vocab).clone()
-            pool.add(copy, flat_weights[:, column].to(copy.dtype))
+            beside: dict[str, Any] = {}
+            if references is not None:
+                beside["reference"] = references[column].detach().reshape(-1, vocab)
+            pool.add(copy, flat_weights[:, column].to(copy.dtype), **beside)
         target = pool.finish()
     return Target(
         logprobs=target.logprobs.reshape(*shape, vocab),

@@ -1,8 +1,9 @@
 """Gradient surgery: one update from the gradients of several teachers, `[teacher, parameter]` to `[parameter]`.
 
-Pure functions. They need one backward pass a teacher, which a run does not make. No published run of on-policy distillation
-of language models is known to have won by them (CaMOPD, arXiv 2605.27115, and Open-MOPD, arXiv 2608.19098, disagree on whether
-teachers' gradients conflict at all). The results differ in scale: `pcgrad` is a sum over teachers, the others are means.
+Pure functions; `moteach.conflict.surgery` has them for a run, with one backward pass a teacher. No published run of on-policy
+distillation of language models is known to have won by them (CaMOPD, arXiv 2605.27115, and Open-MOPD, arXiv 2608.19098,
+disagree on whether teachers' gradients conflict at all). The results differ in scale: `pcgrad` is a sum over teachers, the
+others are means.
 """
 
 from __future__ import annotations

@@ -1,14 +1,50 @@
-"""Aggregation in loss space: a weighted sum of one divergence a teacher, instead of one divergence to a pool."""
+"""Aggregation in loss space: a weighted sum of one divergence a teacher, instead of one divergence to a pool.
+
+A resolver that aggregates says so by `aggregates`; its accumulator is of the linear pool, which is what statistics that speak
+of a target (its entropy, its logprob of the written token) then mean.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from moteach.conflict.base import check_weights
+from moteach.conflict.base import Accumulator, check_weights, whole_distributions_only
+from moteach.conflict.pools import Linear
+from moteach.types import Support
+
+
+@dataclass(frozen=True, kw_only=True)
+class SumOfDivergences:
+    """The loss is sum_k w_k D(student, q_k), exact for every divergence; see `sum_of_divergences`.
+
+    One divergence a teacher is paid. The loss never vanishes where teachers differ: its least value is what they are apart.
+    """
+
+    name: ClassVar[str] = "sum_of_divergences"
+    supports: ClassVar[frozenset[Support]] = frozenset({"full"})
+    needs: ClassVar[frozenset[str]] = frozenset()
+    streams: ClassVar[bool] = True
+    aggregates: ClassVar[bool] = True
+
+    def accumulator(self, **context: Tensor) -> Accumulator:
+        """Starts a linear pool, for statistics; it holds one distribution."""
+        return Linear().accumulator()
+
+    def resolve_sampled(
+        self, sampled_logprobs: Float[Tensor, "packed teacher"], weights: Float[Tensor, "packed teacher"]
+    ) -> Float[Tensor, " packed"]:
+        """Refused: one logprob is no divergence.
+
+        Raises:
+            UnsupportedCombinationError: Always.
+        """
+        raise whole_distributions_only(self.name, "each teacher's divergence from the student")
 
 
 def sum_of_divergences(

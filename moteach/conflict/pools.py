@@ -12,26 +12,44 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from moteach.conflict.base import Accumulator, Target, check_penalty, check_weights
+from moteach.conflict.partial import Missing, likeliest, linear_bounds
 from moteach.errors import UnsupportedCombinationError
 from moteach.types import Support
 
 
 @dataclass(frozen=True, kw_only=True)
 class Linear:
-    """Linear pool: log sum_k w_k q_k. Exact on `sampled` too, where it is logsumexp_k(log w_k + log q_k(y))."""
+    """Linear pool: log sum_k w_k q_k. Exact on `sampled` too, where it is logsumexp_k(log w_k + log q_k(y)).
+
+    On `topk` it is exact on tokens that all teachers name; others are bounded, see `moteach.conflict.partial`.
+
+    Args:
+        missing: On `topk`, what a token that a teacher did not name counts as: `lower`, zero, or `midpoint`, half of its bound.
+    """
 
     name: ClassVar[str] = "linear"
-    supports: ClassVar[frozenset[Support]] = frozenset({"full", "sampled"})
+    supports: ClassVar[frozenset[Support]] = frozenset({"full", "topk", "sampled"})
     needs: ClassVar[frozenset[str]] = frozenset()
     streams: ClassVar[bool] = True
+    missing: Missing = "lower"
 
     def accumulator(self, **context: Tensor) -> Accumulator:
         """Starts a pool; it holds one distribution."""
         return _LinearAccumulator()
+
+    def resolve_topk(
+        self,
+        ids: Int[Tensor, "teacher token given"],
+        logprobs: Float[Tensor, "teacher token given"],
+        weights: Float[Tensor, "token teacher"],
+        k: int,
+    ) -> tuple[Int[Tensor, "token k"], Float[Tensor, "token k"], Float[Tensor, " token"]]:
+        """The pool's k likeliest tokens, see `moteach.conflict.partial.likeliest`."""
+        return likeliest(linear_bounds(ids, logprobs, weights), k, self.missing)
 
     def resolve_sampled(
         self, sampled_logprobs: Float[Tensor, "packed teacher"], weights: Float[Tensor, "packed teacher"]

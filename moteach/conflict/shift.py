@@ -1,7 +1,7 @@
 """Targets made from what each teacher *learned*: its logits minus those of the checkpoint it was trained from.
 
-Library functions on plain logits; a constant added to any model's logits changes nothing. A run does not use them: they need
-the logits of reference checkpoints, which teachers do not send.
+Library functions on plain logits; a constant added to any model's logits changes nothing. `moteach.conflict.shifts` has them
+for a run.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def delta(
     Raises:
         UnsupportedCombinationError: A base excludes a token that its teacher does not.
     """
-    shifts = torch.stack([_difference(*pair) for pair in zip(teacher_logits, base_logits, strict=True)])
+    shifts = torch.stack([difference(*pair) for pair in zip(teacher_logits, base_logits, strict=True)])
     return _shifted(anchor_logits, shifts, weights)
 
 
@@ -93,13 +93,24 @@ def proxy(
     if alpha < 0:
         expert_logits, anti_logits = anti_logits, expert_logits
     strength = base_logits.new_full((*base_logits.shape[:-1], 1), abs(alpha))
-    return _shifted(base_logits, _difference(expert_logits, anti_logits).unsqueeze(0), strength)
+    return _shifted(base_logits, difference(expert_logits, anti_logits).unsqueeze(0), strength)
 
 
-def _difference(
+def difference(
     to: Float[Tensor, "*token vocab"], start: Float[Tensor, "*token vocab"]
 ) -> Float[Tensor, "*token vocab"]:
-    """The shift between two models; what both exclude does not move."""
+    """The shift between two models, to minus start; what both exclude does not move.
+
+    Args:
+        to: Logits of the model that was trained.
+        start: Logits of the model it was trained from.
+
+    Returns:
+        The difference, a fresh tensor.
+
+    Raises:
+        UnsupportedCombinationError: The start excludes a token that the other does not.
+    """
     bare = (start == -math.inf) & (to > -math.inf)
     if bool(bare.any()):
         raise UnsupportedCombinationError(

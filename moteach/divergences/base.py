@@ -92,7 +92,10 @@ class PoolAccumulator(Protocol):
     """Takes teachers one at a time, so that memory need not grow with their number."""
 
     def add(self, teacher_logprobs: Tensor, weights: Tensor) -> None:
-        """Adds one teacher; it owns `teacher_logprobs` from here on."""
+        """Adds one teacher; it owns `teacher_logprobs` from here on.
+
+        A pool that needs `reference_logprobs` also takes those of the teacher's origin, as `reference`.
+        """
 
     def finish(self) -> PoolTarget:
         """Returns the target."""

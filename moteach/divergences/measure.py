@@ -38,6 +38,8 @@ def measure(
     targets: Int[Tensor, " packed"] | None = None,
     k: int = 16,
     wanted: Collection[str] | None = None,
+    references: Sequence[TeacherEvidence] = (),
+    anchor: TeacherEvidence | None = None,
 ) -> dict[str, Float[Tensor, " packed"]]:
     """Looks at the tokens through the same chunks as `chunked_divergence`.
 
@@ -54,6 +56,8 @@ def measure(
         targets: The tokens the student wrote; without them there are no statistics of the written token.
         k: How many of the likeliest tokens are compared (at most the vocabulary); 16 in arXiv 2604.13016 and 2605.26844.
         wanted: Which of the statistics beyond those of the loss to make; None makes all of them.
+        references: As in `chunked_divergence`.
+        anchor: As in `chunked_divergence`.
 
     Returns:
         The statistics of `chunked_divergence` (with `targets` those of the written token too) and, 0 where abstained:
@@ -84,6 +88,8 @@ def measure(
         student_temperature=student_temperature,
         teacher_temperature=teacher_temperature,
         targets=targets,
+        references=references,
+        anchor=anchor,
     )
     chosen = frozenset(name for name in (*OF_TOPK, *OF_TOP1, *OF_TEACHERS) if wanted is None or name in wanted)
     stats = empty_stats(student_hidden, student_head, (*job.stat_names, *sorted(chosen)))

@@ -75,11 +75,11 @@ def make_plan(
             "weights would reach the wrong teachers"
         )
     for evidence in teachers:
-        _check_evidence(evidence, vocab)
+        check_evidence(evidence, vocab)
     exact = weights.detach().to(torch.float64)
     abstained = _check_weights(exact)
     positive = exact > 0.0
-    positions = _positions(teachers, positive)
+    positions = positions_in(teachers, positive)
     sums = exact.sum(-1, keepdim=True).masked_fill_(abstained.unsqueeze(-1), 1.0)
     return Plan(
         groups=_group(positive, abstained),
@@ -111,7 +111,18 @@ def full_evidence(evidence: TeacherEvidence) -> tuple[Float[Tensor, "scored hidd
     return evidence.hidden, evidence.head
 
 
-def _check_evidence(evidence: TeacherEvidence, vocab: int) -> None:
+def check_evidence(evidence: TeacherEvidence, vocab: int) -> None:
+    """Refuses evidence that the kernel cannot project to the student's vocabulary.
+
+    Args:
+        evidence: What a model said.
+        vocab: Size of the student's vocabulary.
+
+    Raises:
+        UnsupportedCombinationError: It is not of support `full`.
+        IncompatibleTeacherError: Its vocabulary is not the student's.
+        RoutingError: It has not one hidden state a token.
+    """
     hidden, head = full_evidence(evidence)
     if head.weight.shape[0] != vocab:
         raise IncompatibleTeacherError(
@@ -140,7 +151,21 @@ def _check_weights(weights: Tensor) -> Tensor:
     return abstained
 
 
-def _positions(teachers: Sequence[TeacherEvidence], positive: Tensor) -> Tensor:
+def positions_in(
+    teachers: Sequence[TeacherEvidence], positive: Bool[Tensor, "packed teacher"]
+) -> Int[Tensor, "teacher packed"]:
+    """Finds where each token lies in the evidence of each teacher.
+
+    Args:
+        teachers: The evidence.
+        positive: True where a token needs a teacher, columns in the order of `teachers`.
+
+    Returns:
+        Positions, -1 where a teacher did not score a token.
+
+    Raises:
+        RoutingError: A teacher did not score a token that needs it.
+    """
     positions = torch.full((len(teachers), len(positive)), -1, dtype=torch.long, device=positive.device)
     for column, evidence in enumerate(teachers):
         index = torch.arange(len(evidence.tokens), device=positive.device)

@@ -43,6 +43,10 @@ class Scored:
     """What the checkpoints that the teachers were trained from say, under the teachers' names, when something needs it."""
     credit: Float[Tensor, " packed"] | None = None
     """Advantages of the written tokens for what they lead to, made from the statistics of the whole batch."""
+    sequence_logprobs: Float[Tensor, "batch teacher"] | None = None
+    """Each teacher's mean logprob of the completion, columns as in the routing, when the resolver needs it."""
+    teacher_weights: Float[Tensor, "packed teacher"] | None = None
+    """Weights of the teachers at each token, columns as in the routing, in the place of the gate's."""
     stats: Mapping[str, Float[Tensor, " packed"]] | None = None
     """What was measured on these tokens, when something needed it; spares the objective a second look."""
 
@@ -69,7 +73,9 @@ class Scored:
             outcome_advantages=cut(self.outcome_advantages),
             proximal_logprobs=cut(self.proximal_logprobs),
             credit=cut(self.credit),
+            teacher_weights=cut(self.teacher_weights),
             reference=None if self.reference is None else self.reference.select(kept),
+            sequence_logprobs=None if self.sequence_logprobs is None else self.sequence_logprobs[list(rows)],
             references=None if self.references is None else self.references.select(kept),
             stats=None if self.stats is None else {name: values[kept] for name, values in self.stats.items()},
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -44,6 +45,8 @@ class DivergenceObjective:
     """
 
     supports: frozenset[Support] = frozenset({"full"})
+    compares_each: ClassVar[bool] = True
+    """It can sum the divergences to each teacher."""
 
     def __init__(
         self,
@@ -126,6 +129,7 @@ class DivergenceObjective:
             token_weights=scored.token_weights,
             divergence=self.divergence,
             resolver=self.teaching.resolver,
+            **self.teaching.beside(scored),
             chunk_size=tokens_per_chunk(self.chunk_size, head),
             student_temperature=self.student_temperature,
             teacher_temperature=self.teacher_temperature,

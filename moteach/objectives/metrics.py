@@ -14,7 +14,7 @@ from moteach.types import Evidence, RolloutBatch
 _MEANS = (
     *("divergence", "student_entropy", "target_entropy", "neg_log_z", "student_mass", "teacher_mass", "log_ratio"),
     *("advantages", "importance_ratio", "masked", "switched", "reference_divergence"),
-    *("spread", "argmax_disagreement", "teacher_jsd"),
+    *("spread", "argmax_disagreement", "teacher_jsd", "topk_slack"),
 )
 
 CONTESTED_NATS = 1.0

@@ -19,6 +19,7 @@ from moteach.divergences.logprobs import chunked_token_logprobs
 from moteach.errors import ConfigError
 from moteach.objectives.base import Normalise, Objective, Scored, tokens_per_chunk
 from moteach.objectives.credit import credit_loss
+from moteach.objectives.teaching import teaching_of
 from moteach.types import Head, LossOutput, RolloutBatch, Support
 
 
@@ -85,6 +86,11 @@ class MixedObjective:
         """Credit of the teachers' objective, see `DivergenceObjective.credit`."""
         credit: Tensor = cast(Any, self.main).credit(rollouts, stats)
         return credit
+
+    def prepared(self, scored: Scored) -> Scored:
+        """Adds what the resolver reads of whole completions, see `moteach.objectives.teaching.Teaching.prepared`."""
+        teaching = teaching_of(self.main)
+        return scored if teaching is None else teaching.prepared(scored)
 
     def check(self, support: Support, k: int | None) -> None:
         """Refuses what the teachers' objective refuses."""

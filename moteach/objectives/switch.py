@@ -158,6 +158,7 @@ class SwitchObjective:
             token_weights=weights * self.coefficient,
             divergence=cast(Divergence, self._covering),
             resolver=self.teaching.resolver,
+            **self.teaching.beside(scored),
             chunk_size=tokens_per_chunk(self.chunk_size, head),
         )
         token_stats = {

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from moteach.conflict.base import Resolver
+from moteach.conflict.sequence import SEQUENCE_LOGPROBS, SequenceWeighted
 from moteach.divergences.base import Divergence
 from moteach.divergences.chunked import OF_WRITTEN
 from moteach.divergences.disagreement import OF_TEACHERS
 from moteach.divergences.logprobs import chunked_token_stats
 from moteach.divergences.measure import OF_TOP1, OF_TOPK, measure
+from moteach.divergences.origins import ANCHOR, REFERENCE
 from moteach.errors import RoutingError
 from moteach.objectives.base import Scored, gate_columns
+from moteach.objectives.sequences import sequence_logprobs
 from moteach.routing.base import Gate
 from moteach.types import Evidence, Head, TeacherEvidence
 
@@ -38,11 +42,13 @@ class WrittenTarget:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TopKTarget:
-    """The likeliest tokens of the teacher that was selected at each token."""
+    """The likeliest tokens of the teacher that was selected at each token, or of the pool of several."""
 
     ids: Int[Tensor, "packed k"]
     logprobs: Float[Tensor, "packed k"]
     taught: Bool[Tensor, " packed"]
+    slack: Float[Tensor, " packed"] | None = None
+    """Most probability of these entries that may be wrong, as teachers named different tokens; None where none were pooled."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,12 +65,38 @@ class Teaching:
         return needs | {"references"} if "reference_logprobs" in needs else needs
 
     def weights(self, scored: Scored) -> Float[Tensor, "packed scored_teacher"]:
-        """Weights of the teachers that scored something, at each token.
+        """Weights of the teachers that scored something, at each token; a resolver of whole completions has changed them.
 
         Raises:
             RoutingError: The gate gives weight to a teacher that was not asked.
         """
-        return gate_columns(self.gate.weights(scored.rollouts, scored.routing), scored.routing, scored.evidence)
+        if scored.teacher_weights is not None:
+            return gate_columns(scored.teacher_weights, scored.routing, scored.evidence)
+        weights = gate_columns(self.gate.weights(scored.rollouts, scored.routing), scored.routing, scored.evidence)
+        return self._reweighed(weights, scored) if SEQUENCE_LOGPROBS in self.resolver.needs else weights
+
+    def prepared(self, scored: Scored) -> Scored:
+        """Adds what the resolver reads of whole completions, once for all that follows; nothing where it reads nothing."""
+        if SEQUENCE_LOGPROBS not in self.resolver.needs or scored.sequence_logprobs is not None:
+            return scored
+        found = sequence_logprobs(scored.rollouts, scored.routing, scored.evidence)
+        return replace(scored, sequence_logprobs=found)
+
+    def beside(self, scored: Scored) -> dict[str, Any]:
+        """What the kernel needs beside the teachers: their origins and the anchor, for a resolver that compares with them."""
+        found: dict[str, Any] = {}
+        if REFERENCE in self.resolver.needs and scored.references is not None:
+            found["references"] = scored.references.teachers
+        if ANCHOR in self.resolver.needs and scored.reference is not None:
+            found["anchor"] = next(iter(scored.reference.teachers), None)
+        return found
+
+    def _reweighed(self, weights: Tensor, scored: Scored) -> Tensor:
+        assert isinstance(self.resolver, SequenceWeighted), "sequence statistics without a use for them"
+        given = self.prepared(scored).sequence_logprobs
+        assert given is not None, "prepared() makes them"
+        columns = [scored.routing.teacher_ids.index(entry.teacher_id) for entry in scored.evidence.teachers]
+        return self.resolver.reweigh(weights, given[scored.rollouts.token_rows][:, columns])
 
     def taught(self, scored: Scored) -> Bool[Tensor, " packed"]:
         """True for the tokens to which some teacher has weight."""
@@ -87,6 +119,8 @@ class Teaching:
     def topk(self, scored: Scored, *, k: int) -> TopKTarget:
         """Takes the k likeliest tokens of the teacher with the largest weight (support `topk`); ties: the first one.
 
+        Where several have weight and the resolver pools partial distributions, those of the pool.
+
         Raises:
             RoutingError: A teacher gave no top-k, or fewer than k entries.
         """
@@ -101,7 +135,15 @@ class Teaching:
             mine = (taught & (chosen == column))[entry.tokens]
             ids[entry.tokens[mine]] = given_ids[mine, :k]
             logprobs[entry.tokens[mine]] = given[mine, :k].float()
-        return TopKTarget(ids=ids, logprobs=logprobs, taught=taught)
+        shared = (weights > 0).sum(dim=1) > 1
+        pool = getattr(self.resolver, "resolve_topk", None)
+        if pool is None or not bool(shared.any()):
+            return TopKTarget(ids=ids, logprobs=logprobs, taught=taught)
+        slack = torch.zeros(total)
+        all_ids, all_logprobs = _topk_columns(scored.evidence, k)
+        pooled, values, width = pool(all_ids[:, shared], all_logprobs[:, shared], weights[shared], k)
+        ids[shared], logprobs[shared], slack[shared] = pooled, values.float(), width.float()
+        return TopKTarget(ids=ids, logprobs=logprobs, taught=taught, slack=slack)
 
     def measure_full(
         self,
@@ -123,6 +165,7 @@ class Teaching:
             weights=self.weights(scored),
             divergence=divergence,
             resolver=self.resolver,
+            **self.beside(scored),
             chunk_size=chunk_size,
             student_temperature=student_temperature,
             teacher_temperature=teacher_temperature,
@@ -147,6 +190,12 @@ class Teaching:
         }
 
 
+def teaching_of(objective: Any) -> Teaching | None:
+    """The gate and the resolver of an objective, also of one inside a mixture; None where it has none."""
+    found = getattr(getattr(objective, "main", objective), "teaching", None)
+    return found if isinstance(found, Teaching) else None
+
+
 def _topk_of(entry: TeacherEvidence, k: int) -> tuple[Tensor, Tensor]:
     if entry.topk_ids is None or entry.topk_logprobs is None:
         raise RoutingError(
@@ -159,6 +208,19 @@ def _topk_of(entry: TeacherEvidence, k: int) -> tuple[Tensor, Tensor]:
             f"support.k={k}"
         )
     return entry.topk_ids, entry.topk_logprobs
+
+
+def _topk_columns(evidence: Evidence, k: int) -> tuple[Tensor, Tensor]:
+    """Spreads each teacher's entries over the packed axis; where it scored nothing a zero weight hides it."""
+    given = [_topk_of(entry, k) for entry in evidence.teachers]
+    width = min(ids.shape[1] for ids, _ in given)
+    # distinct ids also where nothing was scored
+    ids = torch.arange(width).expand(len(given), evidence.num_tokens, width).clone()
+    logprobs = torch.full((len(given), evidence.num_tokens, width), float("-inf"))
+    for column, (entry, (own_ids, own)) in enumerate(zip(evidence.teachers, given, strict=True)):
+        ids[column, entry.tokens] = own_ids[:, :width]
+        logprobs[column, entry.tokens] = own[:, :width].float()
+    return ids, logprobs
 
 
 def _sampled_columns(evidence: Evidence) -> Float[Tensor, "packed scored_teacher"]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 from jaxtyping import Bool, Float
@@ -44,6 +44,8 @@ class TopKObjective:
     """
 
     supports: frozenset[Support] = frozenset({"full", "topk"})
+    compares_each: ClassVar[bool] = True
+    """It can sum the divergences to each teacher."""
 
     def __init__(
         self,
@@ -144,6 +146,7 @@ class TopKObjective:
             token_weights=scored.token_weights,
             divergence=self._as_divergence(),
             resolver=self.teaching.resolver,
+            **self.teaching.beside(scored),
             chunk_size=tokens_per_chunk(self.chunk_size, head),
             student_temperature=self.student_temperature,
             teacher_temperature=self.teacher_temperature,
@@ -167,6 +170,8 @@ class TopKObjective:
         )
         stats = dict(output.stats)
         written = self.teaching.written(scored).logprobs.to(stats["student_logprobs"].dtype)
+        if target.slack is not None:
+            stats["topk_slack"] = target.slack.to(written.dtype)
         stats["log_ratio"] = (written - stats["student_logprobs"]).masked_fill(stats["abstained"] > 0, 0.0)
         return LossOutput(loss=output.loss, denominator=1.0, token_stats=stats)
 

@@ -77,6 +77,21 @@ WRONG = [
     ("support=sampled", r"support=sampled is not defined for objective=DivergenceObjective.*objective=policy_gradient"),
     ("objective=sampled_loss", r"support=full is not defined for objective=.*Choose support=sampled"),
     ("support=topk objective=policy_gradient", r"support=topk is not defined for objective=.*full, sampled"),
+    (
+        "conflict=sum_of_divergences objective=policy_gradient",
+        r"conflict=sum_of_divergences keeps one loss a teacher.*linear",
+    ),
+    (
+        "conflict=sum_of_divergences support=sampled objective=sampled_loss",
+        r"support=sampled is not defined for conflict=",
+    ),
+    ("conflict=pcgrad mix.reference=0.1", r"conflict=pcgrad combines gradients of teachers.*Set both to 0"),
+    ("conflict=cagrad conflict.c=1", r"conflict\.c: expected a radius from 0 to below 1, got 1"),
+    ("conflict=perplexity conflict.temperature=0", r"conflict\.temperature: .*conflict=min_ce"),
+    (
+        "support=topk support.k=8 objective=topk objective.k=8 conflict=perplexity",
+        r"support=topk is not defined for conflict=",
+    ),
     ("conflict=agreement conflict.disagreement=entropy", r"conflict\.disagreement: expected one of jsd, neg_log_z"),
     ("conflict=anchored conflict.nats=-1", r"conflict\.nats: expected a budget of at least 0 nats, got -1"),
     (

@@ -12,6 +12,7 @@ import yaml
 from torch import Tensor
 
 from moteach.conflict.base import resolve
+from moteach.conflict.losses import SumOfDivergences, sum_of_divergences
 from moteach.conflict.pools import Geometric, Linear
 from moteach.conflict.select import Select
 from moteach.divergences.chunked import chunked_divergence
@@ -91,16 +92,20 @@ class Inputs:
         z = (self.hidden @ self.head.weight.T + self.head.bias) * self.head.scale
         student = self.head.softcap * torch.tanh(z / self.head.softcap) / STUDENT_TEMPERATURE
         said = torch.stack([(t.hidden @ t.head.weight.T / TEACHER_TEMPERATURE).log_softmax(-1) for t in self.teachers])
-        target = resolve(pool, said[:, kept], self.weights[kept]).logprobs
         values = torch.zeros(TOKENS, dtype=torch.float64)
-        values[kept] = divergence(student[kept], target)
+        if getattr(pool, "aggregates", False):
+            values[kept] = sum_of_divergences(divergence, student[kept], said[:, kept], self.weights[kept])
+        else:
+            values[kept] = divergence(student[kept], resolve(pool, said[:, kept], self.weights[kept]).logprobs)
         return (values * self.token_weights).sum(), values.detach()
 
     def gradients(self, loss: Tensor) -> tuple[Tensor, ...]:
         return torch.autograd.grad(loss, (self.hidden, self.head.weight))
 
 
-@pytest.fixture(params=[Linear(), Geometric(), Select()], ids=["linear", "geometric", "select"])
+@pytest.fixture(
+    params=[Linear(), Geometric(), Select(), SumOfDivergences()], ids=["linear", "geometric", "select", "sum"]
+)
 def pool(request: pytest.FixtureRequest) -> Any:
     return request.param
 

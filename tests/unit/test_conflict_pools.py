@@ -138,4 +138,4 @@ def test_members_say_what_they_are(resolver: Resolver):
     assert resolver.needs == frozenset()
     assert resolver.streams
     assert {"full", "sampled"} <= resolver.supports
-    assert ("topk" in resolver.supports) == (resolver.name == "select")
+    assert ("topk" in resolver.supports) == (resolver.name in ("select", "linear"))
