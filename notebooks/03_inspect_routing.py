@@ -36,6 +36,7 @@ from moteach.cli.app import quiet_libraries
 from moteach.errors import DataError
 from moteach.paths import experts_dir
 from moteach.report import routing as show
+from moteach.report.tokens import CompletionRow, TokenRow, draw_completions
 from moteach.routing.evaluate import read_prompts
 from moteach.routing.learned import ClassifierRouter
 
@@ -165,8 +166,6 @@ picture
 # This is how it looks, on made-up weights: the letters belong to code, the number to math, and nobody teaches the end.
 
 # %%
-from moteach.report.tokens import CompletionRow, TokenRow, draw_completions  # noqa: E402
-
 said = [("rev", "code", 0.95), ("(", "code", 0.7), ("abc", "code", 0.9), (")", "code", 0.6), ("=", "search", 0.4)]
 said += [(" cba", "code", 1.0), (";", "math", 0.4), (" 12", "math", 0.9), ("+", "math", 0.8), ("30", "math", 1.0)]
 said += [("=", "math", 0.9), ("42", "math", 1.0), ("</s>", None, 0.0)]
