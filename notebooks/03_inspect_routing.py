@@ -81,7 +81,7 @@ show.load(run)
 # apart. A dark grey cell is a domain that the threshold starves. The router never saw these labels.
 
 # %%
-show.confusion(run)
+show.contingency(run)
 
 # %% [markdown]
 # ## A router, asked about other prompts
@@ -122,7 +122,7 @@ show.why(router, "Bonjour, comment vas-tu ce matin ?")
 # The row `outside` should be grey throughout: whatever is orange in it will be graded by a specialist of something else.
 
 # %%
-show.confusion(routes)
+show.contingency(routes)
 
 # %% [markdown]
 # **Does the confidence mean what it says?** With MiniLM nearly all of these prompts go where they belong, and there is little to

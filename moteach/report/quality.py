@@ -30,7 +30,7 @@ _ALONG: dict[str, Any] = {
 }
 
 
-def confusion(source: Routes | Path | str) -> Figure:
+def contingency(source: Routes | Path | str) -> Figure:
     """Draws how many prompts of each label went to which teacher: blue where it claims the label, orange where not.
 
     Prompts that the router abstained on are in the grey column; labels that no teacher claims are in the last rows. The shade
@@ -40,7 +40,7 @@ def confusion(source: Routes | Path | str) -> Figure:
         DataError: No prompt has a label.
     """
     routes = routes_of(source)
-    names, counts, claims = confusion_counts(routes)
+    names, counts, claims = contingency_counts(routes)
     columns = (*routes.teachers, "nobody")
     small = max(len(columns), len(names)) > 7
     with house():
@@ -174,7 +174,7 @@ def risk(source: Routes | Path | str) -> Figure:
     return picture
 
 
-def confusion_counts(
+def contingency_counts(
     routes: Routes,
 ) -> tuple[tuple[str, ...], Int[Tensor, "label column"], Bool[Tensor, "label column"]]:
     """Counts prompts by label and teacher, with a last column for those that the router abstained on.

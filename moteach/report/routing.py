@@ -1,11 +1,11 @@
 """Pictures of routing: why a prompt went where it went, how often that was right, whether the router knows.
 
     from moteach.report import routing as show
-    show.confusion("runs/mine")
+    show.contingency("runs/mine")
     show.why("runs/mine/router", "34+25=")
 
 `load` and `tokens` take the folder of a run; `why` takes a router that learned from exemplars, or the folder it was saved to;
-`confusion`, `reliability` and `risk` take a run or what `ask(router, prompts)` returns. Each returns a matplotlib `Figure`,
+`contingency`, `reliability` and `risk` take a run or what `ask(router, prompts)` returns. Each returns a matplotlib `Figure`,
 which a notebook shows and `savefig` writes. matplotlib is imported when the first picture is drawn.
 """
 
@@ -19,7 +19,7 @@ import torch
 
 from moteach.errors import DataError
 from moteach.report.plots import smooth, smoothing_window
-from moteach.report.quality import confusion, reliability, risk
+from moteach.report.quality import contingency, reliability, risk
 from moteach.report.routes import Routes, ask, learner_of, read_routes, routes_of
 from moteach.report.style import FAINT, INK, colours, dark, house, new_figure, shorten, spread, tint
 from moteach.report.tokens import tokens
@@ -27,7 +27,7 @@ from moteach.report.tokens import tokens
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Routes", "ask", "confusion", "load", "read_routes", "reliability", "risk", "tokens", "why"]
+__all__ = ["Routes", "ask", "contingency", "load", "read_routes", "reliability", "risk", "tokens", "why"]
 
 
 def why(router: Any, text: str, *, nearest: int = 6) -> Figure:

@@ -15,7 +15,7 @@ import yaml
 from moteach.catalogue.spec import ExpertSpec
 from moteach.errors import ConfigError, DataError, MissingDependencyError, MissingFileError
 from moteach.report import routing as show
-from moteach.report.quality import confusion_counts, reliability_bins, wilson
+from moteach.report.quality import contingency_counts, reliability_bins, wilson
 from moteach.report.routing import load_per_step
 from moteach.report.style import MANY, colours, dark, luminance, readable_on, spread, tint
 from moteach.report.tokens import read_completions, shown
@@ -121,8 +121,8 @@ def test_a_run_that_is_going_is_read_from_its_parts(tmp_path):
     assert show.read_routes(tmp_path / "run").steps.tolist() == [1, 1, 2, 2, 2]
 
 
-def test_the_confusion_counts_by_label_and_teacher(run):
-    names, counts, claims = confusion_counts(show.read_routes(run))
+def test_the_contingency_counts_by_label_and_teacher(run):
+    names, counts, claims = contingency_counts(show.read_routes(run))
     assert names == ("math", "sums", "code", "poetry")
     assert counts.tolist() == [[1, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1], [0, 0, 1, 0]]
     assert claims.tolist()[1] == [True, False, False, False]
@@ -181,7 +181,7 @@ def test_ten_teachers_have_ten_colours_and_readable_names():
     assert readable_on(tint("#332288", 0.1)) == "black"
 
 
-@pytest.mark.parametrize("draw", [show.confusion, show.reliability, show.risk, show.load])
+@pytest.mark.parametrize("draw", [show.contingency, show.reliability, show.risk, show.load])
 def test_every_picture_of_a_run_is_drawn(run, draw):
     first, second = (draw(run)._repr_png_() for _ in range(2))
     assert first.startswith(b"\x89PNG")
@@ -287,7 +287,7 @@ def test_labels_that_nobody_claims_cannot_be_judged(tmp_path):
         show.risk(folder)
     unlabelled = write_run(tmp_path / "none", [row(None, (0, 0, 1), 0.6)])
     with pytest.raises(DataError, match="expected prompts with a domain"):
-        show.confusion(unlabelled)
+        show.contingency(unlabelled)
 
 
 def test_without_matplotlib_the_remedy_is_named(run, monkeypatch):
