@@ -14,6 +14,7 @@ from moteach.errors import ConfigError, RoutingError, UnknownChoiceError, Unsupp
 from moteach.teachers.base import Teacher
 from moteach.teachers.hf import HFTeacher
 from moteach.teachers.lora import AdapterStore, LoRATeacher
+from moteach.teachers.mapped import MappedStore
 from moteach.teachers.scoring import dead
 from moteach.teachers.store import ModelStore
 from moteach.types import Evidence, RolloutBatch, Routing, Support, TeacherEvidence
@@ -27,16 +28,18 @@ class TeacherPool:
 
     Args:
         teachers: The teachers of the run.
+        hidden_dtype: Precision in which hidden states wait for the loss; None keeps the teacher's own.
 
     Raises:
         ConfigError: Two teachers have the same name, or there is none.
     """
 
-    def __init__(self, teachers: Sequence[Teacher]) -> None:
+    def __init__(self, teachers: Sequence[Teacher], *, hidden_dtype: torch.dtype | None = None) -> None:
         names = [teacher.teacher_id for teacher in teachers]
         if not names or len(set(names)) != len(names):
             raise ConfigError(f"expected at least one teacher, each with a name of its own, got {names}")
         self._teachers = {teacher.teacher_id: teacher for teacher in teachers}
+        self._hidden_dtype = hidden_dtype
 
     @classmethod
     def from_experts(
@@ -47,6 +50,8 @@ class TeacherPool:
         vocab_size: int | None = None,
         max_resident: int | None = None,
         device: str = "cpu",
+        memory: int | None = None,
+        hidden_dtype: torch.dtype | None = None,
     ) -> TeacherPool:
         """Builds the pool of a run's experts, see `build_teachers`."""
         return cls(
@@ -56,7 +61,9 @@ class TeacherPool:
                 vocab_size=vocab_size,
                 max_resident=max_resident,
                 device=device,
-            )
+                memory=memory,
+            ),
+            hidden_dtype=hidden_dtype,
         )
 
     @property
@@ -100,12 +107,18 @@ class TeacherPool:
                 "differ from the "
                 f"batch's {len(prompts)}; rows would be graded by the wrong teacher"
             )
-        found = []
+        asked = []
+        token_rows = rollouts.token_rows
         for teacher_id in routing.teacher_ids:
             rows = routing.rows_of(teacher_id)
-            tokens = torch.isin(rollouts.token_rows, rows).nonzero(as_tuple=True)[0]
+            tokens = torch.isin(token_rows, rows).nonzero(as_tuple=True)[0]
             if len(tokens):
-                found.append(self._ask(self.get(teacher_id), rollouts.select(rows.tolist()), tokens, support, k))
+                asked.append((self.get(teacher_id), rows, tokens))
+        found = []
+        for (teacher, rows, tokens), following in zip(asked, [*asked[1:], None], strict=True):
+            if following is not None and hasattr(following[0], "prepare"):
+                following[0].prepare()
+            found.append(self._ask(teacher, rollouts.select(rows.tolist()), tokens, support, k))
         return Evidence(teachers=tuple(found), num_tokens=rollouts.num_tokens)
 
     def _ask(
@@ -125,7 +138,8 @@ class TeacherPool:
         ):
             if values is not None and not bool(torch.isfinite(values).all()):
                 raise dead(teacher.teacher_id, what)
-        return dataclasses.replace(said, teacher_id=teacher.teacher_id, tokens=tokens[said.tokens])
+        hidden = said.hidden if said.hidden is None else said.hidden.to(self._hidden_dtype or said.hidden.dtype)
+        return dataclasses.replace(said, teacher_id=teacher.teacher_id, tokens=tokens[said.tokens], hidden=hidden)
 
 
 def build_teachers(
@@ -136,6 +150,7 @@ def build_teachers(
     vocab_size: int | None = None,
     max_resident: int | None = None,
     device: str = "cpu",
+    memory: int | None = None,
 ) -> list[HFTeacher | LoRATeacher]:
     """Builds in-process teachers for experts; weights load on first use, and equal checkpoints load once.
 
@@ -146,11 +161,17 @@ def build_teachers(
         vocab_size: Size of the student's head, see `HFTeacher`.
         max_resident: How many whole models stay loaded; None keeps all.
         device: A torch device, or `auto`.
+        memory: Most bytes of whole models at once, see `MappedStore`; None keeps them loaded.
 
     Raises:
         ConfigError: A size is not positive.
     """
-    models, adapters = ModelStore(max_resident=max_resident, device=device), AdapterStore(device=device)
+    adapters = AdapterStore(device=device)
+    models = (
+        ModelStore(max_resident=max_resident, device=device)
+        if memory is None
+        else MappedStore(memory=memory, device=device)
+    )
     teachers: list[HFTeacher | LoRATeacher] = []
     for spec in experts:
         if spec.adapter is not None and spec.base is not None:
