@@ -15,6 +15,7 @@ from moteach.teachers.base import Teacher
 from moteach.teachers.hf import HFTeacher
 from moteach.teachers.lora import AdapterStore, LoRATeacher
 from moteach.teachers.mapped import MappedStore
+from moteach.teachers.mixed import score_mixed
 from moteach.teachers.scoring import dead
 from moteach.teachers.store import ModelStore
 from moteach.types import Evidence, RolloutBatch, Routing, Support, TeacherEvidence
@@ -114,15 +115,23 @@ class TeacherPool:
             tokens = torch.isin(token_rows, rows).nonzero(as_tuple=True)[0]
             if len(tokens):
                 asked.append((self.get(teacher_id), rows, tokens))
+        ready = score_mixed([(teacher, rows) for teacher, rows, _ in asked], rollouts, support=support, k=k)
         found = []
         for (teacher, rows, tokens), following in zip(asked, [*asked[1:], None], strict=True):
             if following is not None and hasattr(following[0], "prepare"):
                 following[0].prepare()
-            found.append(self._ask(teacher, rollouts.select(rows.tolist()), tokens, support, k))
+            part = rollouts.select(rows.tolist())
+            found.append(self._ask(teacher, part, tokens, support, k, ready.get(teacher.teacher_id)))
         return Evidence(teachers=tuple(found), num_tokens=rollouts.num_tokens)
 
     def _ask(
-        self, teacher: Teacher, part: RolloutBatch, tokens: Int[Tensor, " scored"], support: Support, k: int | None
+        self,
+        teacher: Teacher,
+        part: RolloutBatch,
+        tokens: Int[Tensor, " scored"],
+        support: Support,
+        k: int | None,
+        said: TeacherEvidence | None = None,
     ) -> TeacherEvidence:
         """Scores a sub-batch whose packed tokens are `tokens` of the whole batch, and maps the answer back."""
         if support not in teacher.supports:
@@ -130,7 +139,8 @@ class TeacherPool:
                 f"expected support={support} of the teacher '{teacher.teacher_id}', which offers "
                 f"{', '.join(sorted(teacher.supports))}; choose one of these, or serve the teacher another way"
             )
-        said = teacher.score(part, support=support, k=k)
+        if said is None:
+            said = teacher.score(part, support=support, k=k)
         for what, values in (
             ("hidden states", said.hidden),
             ("top-k logprobs", said.topk_logprobs),
