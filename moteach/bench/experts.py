@@ -109,7 +109,11 @@ def task(
         arms = {count: _arm(folders[:count], budget, cfg, trainer) for count in SIZES[size]}
         with console.status(f"{warmup} + {steps} steps of each of {list(arms)} experts"):
             times = _interleave(trainer, arms, warmup=warmup, steps=steps)
-            peaks = {count: _peak(trainer, arm, step=warmup + steps) for count, arm in arms.items()}
+            sampler = trainer.sampler.state_dict()
+            peaks = {}
+            for count, arm in arms.items():
+                trainer.sampler.load_state_dict(sampler)
+                peaks[count] = _peak(trainer, arm, step=warmup + steps)
     rows = table_rows(times, peaks, {count: arm.store.residency.loads for count, arm in arms.items()})
     console.print(_table(rows, size=size, budget=budget))
     console.print(_verdict(rows), highlight=False)
