@@ -19,7 +19,7 @@ from moteach.types import RolloutBatch, Support, TeacherEvidence
 
 @torch.no_grad()
 def score_mixed(
-    asked: Sequence[tuple[Teacher, Int[Tensor, " row"]]], rollouts: RolloutBatch, *, support: Support, k: int | None
+    asked: Sequence[tuple[Teacher, Int[Tensor, " _"]]], rollouts: RolloutBatch, *, support: Support, k: int | None
 ) -> dict[str, TeacherEvidence]:
     """Scores the rows of LoRA teachers that share a base together, each row under its own teacher's adapter.
 
