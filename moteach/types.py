@@ -13,7 +13,7 @@ Packed order is the one order in which students, teachers, gates and divergences
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -194,7 +194,8 @@ class TeacherEvidence:
     """Packed indices (in the whole batch) of the tokens this teacher scored, ascending."""
     hidden: Float[Tensor, "scored hidden"] | None = None
     """Last hidden states that predict the tokens (support `full`); its hidden size is its own."""
-    head: Head | None = None
+    head: Head | Callable[[], Head] | None = None
+    """The head of these states, or a function that brings it, for heads that do not stay in memory."""
     topk_ids: Int[Tensor, "scored k"] | None = None
     topk_logprobs: Float[Tensor, "scored k"] | None = None
     sampled_logprobs: Float[Tensor, " scored"] | None = None

@@ -70,7 +70,7 @@ class Problem:
         """Returns the hidden states and the head's weight of the first teacher."""
         hidden, head = self.evidence[0].hidden, self.evidence[0].head
         assert hidden is not None, "made with hidden states"
-        assert head is not None, "made with a head"
+        assert isinstance(head, Head), "made with a head"
         return hidden, head.weight
 
 

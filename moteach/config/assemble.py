@@ -31,6 +31,7 @@ from moteach.config.checks import (
 from moteach.config.connect import check_router_needs, connect_router
 from moteach.config.parts import build_balance, build_mix, build_objective, build_token_weights
 from moteach.config.schema import IGNORED_ON_RESUME
+from moteach.config.teachers import hidden_dtype_of, memory_of
 from moteach.data.base import DEFAULT_DOMAIN, PromptSet, check_disjoint, domain_of, fingerprint, rows_by_domain
 from moteach.errors import ConfigError, nearest
 from moteach.evaluation.runner import grade_rollouts
@@ -102,6 +103,8 @@ def assemble(cfg: DictConfig, *, trackers: Sequence[Tracker] = ()) -> Job:
             {expert.name: expert for expert in experts},
             max_tokens_per_forward=cfg.teachers.max_tokens_per_forward,
             vocab_size=student.vocab_size,
+            memory=memory_of(cfg.teachers),
+            hidden_dtype=hidden_dtype_of(cfg.teachers),
         ),
         router=_router(cfg, experts),
         sampler=_sampler(cfg, prompts, experts),
@@ -257,6 +260,8 @@ def identity_of(cfg: DictConfig, experts: Sequence[ExpertSpec], prompts: PromptS
     for expert in experts:
         identity[f"experts.{expert.name} (weights)"] = weights_digest(expert.weights, expert.revision)
     identity["student.model (weights)"] = weights_digest(cfg.student.model, cfg.student.revision)
+    if cfg.teachers.hidden_dtype is not None:
+        identity["teachers.hidden_dtype"] = cfg.teachers.hidden_dtype
     identity["data (prompts)"] = fingerprint(prompts)
     return identity
 

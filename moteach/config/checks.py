@@ -38,7 +38,9 @@ def check_teachers(experts: Sequence[ExpertSpec], student: Student, teachers: Te
         check(expert, student.model, student.tokenizer, [], teacher=loaded).raise_if_failed()
 
 
-def check_references(needs: Collection[str], experts: Sequence[ExpertSpec], teachers: TeacherPool) -> None:
+def check_references(
+    needs: Collection[str], experts: Sequence[ExpertSpec], teachers: TeacherPool | ReusingTeachers
+) -> None:
     """Asks for the origin of every teacher, where the gate or the resolver compares with it.
 
     Raises:

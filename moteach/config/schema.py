@@ -45,6 +45,10 @@ class TeachersConfig:
 
     max_tokens_per_forward: int = 16384
     """Padded tokens in one teacher forward; bounds the memory of scoring."""
+    memory: str | None = None
+    """Most weights of teachers in memory at once, such as `2GiB`; the others wait on disk. None keeps all loaded."""
+    hidden_dtype: str | None = None
+    """Precision in which hidden states wait for the loss, `float32` or `bfloat16`; None keeps the teacher's own."""
 
 
 @dataclass

@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from moteach.config.build import constructor_parameters, resolve_target
 from moteach.config.parts import build_balance, build_objective, build_token_weights
 from moteach.config.schema import COMPONENT_GROUPS, MULTI_GROUPS
+from moteach.config.teachers import hidden_dtype_of, memory_of
 from moteach.errors import ConfigError, UnsupportedCombinationError, nearest
 from moteach.objectives.mix import MixedObjective
 from moteach.paths import conf_dir
@@ -261,6 +262,8 @@ def check_run(cfg: DictConfig) -> None:
         if value is not None and not value >= least:
             raise ConfigError(f"{key}: expected at least {least}, got {value}")
     _check_optim(cfg.optim)
+    memory_of(cfg.teachers)
+    hidden_dtype_of(cfg.teachers)
     if (cfg.support.name == "topk") != (cfg.support.k is not None):
         raise ConfigError(f"support.k: expected a number with support=topk and null otherwise, got {cfg.support.k}")
     weights = {name: expert.weight for name, expert in cfg.experts.items()}

@@ -108,7 +108,7 @@ def full_evidence(evidence: TeacherEvidence) -> tuple[Float[Tensor, "scored hidd
             f"support={evidence.support}; a divergence over the whole vocabulary cannot be made from it. Ask this "
             "teacher for support=full, or use an objective made for its support"
         )
-    return evidence.hidden, evidence.head
+    return evidence.hidden, evidence.head if isinstance(evidence.head, Head) else evidence.head()
 
 
 def check_evidence(evidence: TeacherEvidence, vocab: int) -> None:

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moteach.divergences.logprobs import chunked_token_logprobs
+from moteach.divergences.plan import full_evidence
 from moteach.errors import RoutingError
 from moteach.types import Evidence, RolloutBatch, Routing, TeacherEvidence
 
@@ -53,5 +54,6 @@ def _written(entry: TeacherEvidence, targets: Tensor) -> Tensor:
             f"expected the logprobs of the written tokens, or hidden states and a head, from the teacher '{entry.teacher_id}', "
             f"got support={entry.support} with neither; its cross-entropy is not known. Set support=full or sampled"
         )
-    size = max(64, _LOGITS_PER_CHUNK // entry.head.weight.shape[0])
-    return chunked_token_logprobs(entry.hidden, entry.head, targets[entry.tokens], chunk_size=size)
+    hidden, head = full_evidence(entry)
+    size = max(64, _LOGITS_PER_CHUNK // head.weight.shape[0])
+    return chunked_token_logprobs(hidden, head, targets[entry.tokens], chunk_size=size)

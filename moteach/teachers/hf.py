@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from torch import nn
 
+from moteach.teachers.mapped import MappedStore
 from moteach.teachers.scoring import check_settings, score_with
 from moteach.teachers.store import ModelStore
-from moteach.types import RolloutBatch, Support, TeacherEvidence
+from moteach.types import Head, RolloutBatch, Support, TeacherEvidence
 
 
 class HFTeacher:
@@ -35,7 +38,7 @@ class HFTeacher:
         chunk_size: int = 1024,
         max_tokens_per_forward: int = 16384,
         vocab_size: int | None = None,
-        store: ModelStore | None = None,
+        store: ModelStore | MappedStore | None = None,
     ) -> None:
         check_settings(chunk_size=chunk_size, max_tokens_per_forward=max_tokens_per_forward)
         self.teacher_id = teacher_id
@@ -52,9 +55,14 @@ class HFTeacher:
         """The frozen model, loaded when this is the first use."""
         return self._store.get(self._model, revision=self._revision, dtype=self._dtype)
 
+    def prepare(self) -> None:
+        """Begins to load the weights in the background, for a store that gave them up and has room."""
+        if isinstance(self._store, MappedStore):
+            self._store.prefetch(self._model, revision=self._revision, dtype=self._dtype)
+
     def score(self, rollouts: RolloutBatch, *, support: Support, k: int | None = None) -> TeacherEvidence:
         """Scores every trained token of these rows, see `moteach.teachers.base.Teacher.score`."""
-        return score_with(
+        said = score_with(
             self.model,
             rollouts,
             teacher_id=self.teacher_id,
@@ -64,3 +72,9 @@ class HFTeacher:
             max_tokens_per_forward=self._max_tokens,
             vocab_size=self._vocab_size,
         )
+        if isinstance(self._store, MappedStore) and isinstance(said.head, Head):
+            # evidence outlives the weights: a head that it held would stay in memory until the end of the step
+            rows = len(said.head.weight)
+            lent = self._store.lend(self._model, revision=self._revision, dtype=self._dtype, rows=rows)
+            return dataclasses.replace(said, head=lent)
+        return said

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ class AdapterStore:
     def __init__(self, *, device: str = "cpu") -> None:
         self._device = device_of(device)
         self._bases: dict[tuple[str, str | None, str], Any] = {}
+        self._names: dict[tuple[str, str, str | None, str], str] = {}
 
     def get(self, adapter: str, *, base: str, revision: str | None = None, dtype: str = "float32") -> nn.Module:
         """Returns the base with this adapter switched on, frozen and in evaluation mode.
@@ -58,11 +60,40 @@ class AdapterStore:
                 f"{error}"
             ) from error
         wrapped = self._bases[key]
+        self._names[adapter, *key] = name
         # set_adapter alone would make the adapter trainable again
         wrapped.set_adapter(name, inference_mode=True)
         wrapped.eval().requires_grad_(False)
         whole: nn.Module = wrapped.get_base_model()
         return whole
+
+    def mixed(
+        self, adapters: Sequence[str], *, base: str, revision: str | None = None, dtype: str = "float32"
+    ) -> tuple[Any, dict[str, str]] | None:
+        """Returns the base under several adapters, for one forward in which each row has its own, and peft's names of them.
+
+        None when their rows cannot share a forward: an adapter changes whole modules, or the head, or is not a plain LoRA.
+
+        Raises:
+            MissingDependencyError: peft is not installed.
+            ConfigError: An adapter cannot be opened on this base.
+        """
+        folder = Path(base)
+        key = (str(folder.resolve()) if folder.is_dir() else base, revision, dtype)
+        for adapter in adapters:
+            if (adapter, *key) not in self._names:
+                self.get(adapter, base=base, revision=revision, dtype=dtype)
+        wrapped = self._bases[key]
+        names = {adapter: self._names[adapter, *key] for adapter in adapters}
+        for name in names.values():
+            config = wrapped.peft_config[name]
+            odd = [
+                key for key in ("modules_to_save", "use_dora", "trainable_token_indices") if getattr(config, key, None)
+            ]
+            if odd or str(getattr(config, "peft_type", "")).rpartition(".")[2] != "LORA":
+                return None
+        head = wrapped.get_base_model().get_output_embeddings()
+        return None if hasattr(head, "lora_A") else (wrapped, names)
 
 
 class LoRATeacher:
@@ -101,11 +132,24 @@ class LoRATeacher:
         self._base = base
         self._revision = revision
         self._dtype = dtype
-        self._chunk_size = chunk_size
-        self._max_tokens = max_tokens_per_forward
-        self._vocab_size = vocab_size
+        self.chunk_size = chunk_size
+        self.max_tokens = max_tokens_per_forward
+        self.vocab_size = vocab_size
         self._store = AdapterStore() if store is None else store
         self._checked = False
+
+    @property
+    def shares(self) -> tuple[object, ...]:
+        """Equal for teachers whose rows can go through one forward, see `with_others`."""
+        folder = Path(self._base)
+        place = str(folder.resolve()) if folder.is_dir() else self._base
+        return (id(self._store), place, self._revision, self._dtype, self.max_tokens)
+
+    def with_others(self, teachers: Sequence[LoRATeacher]) -> tuple[Any, dict[str, str]] | None:
+        """Returns the shared base with the adapters of all these teachers, and peft's name of each by teacher."""
+        adapters = {teacher.teacher_id: teacher._adapter for teacher in teachers}
+        opened = self._store.mixed(list(adapters.values()), base=self._base, revision=self._revision, dtype=self._dtype)
+        return None if opened is None else (opened[0], {name: opened[1][path] for name, path in adapters.items()})
 
     @property
     def model(self) -> nn.Module:
@@ -124,7 +168,7 @@ class LoRATeacher:
             teacher_id=self.teacher_id,
             support=support,
             k=k,
-            chunk_size=self._chunk_size,
-            max_tokens_per_forward=self._max_tokens,
-            vocab_size=self._vocab_size,
+            chunk_size=self.chunk_size,
+            max_tokens_per_forward=self.max_tokens,
+            vocab_size=self.vocab_size,
         )

@@ -14,6 +14,8 @@ from moteach.errors import ConfigError, RoutingError, UnknownChoiceError, Unsupp
 from moteach.teachers.base import Teacher
 from moteach.teachers.hf import HFTeacher
 from moteach.teachers.lora import AdapterStore, LoRATeacher
+from moteach.teachers.mapped import MappedStore
+from moteach.teachers.mixed import score_mixed
 from moteach.teachers.references import References
 from moteach.teachers.scoring import dead
 from moteach.teachers.store import ModelStore
@@ -29,17 +31,25 @@ class TeacherPool:
     Args:
         teachers: The teachers of the run.
         references: The checkpoints they were trained from, for gates and resolvers that compare with them.
+        hidden_dtype: Precision in which hidden states wait for the loss; None keeps the teacher's own.
 
     Raises:
         ConfigError: Two teachers have the same name, or there is none.
     """
 
-    def __init__(self, teachers: Sequence[Teacher], *, references: References | None = None) -> None:
+    def __init__(
+        self,
+        teachers: Sequence[Teacher],
+        *,
+        references: References | None = None,
+        hidden_dtype: torch.dtype | None = None,
+    ) -> None:
         names = [teacher.teacher_id for teacher in teachers]
         if not names or len(set(names)) != len(names):
             raise ConfigError(f"expected at least one teacher, each with a name of its own, got {names}")
         self._teachers = {teacher.teacher_id: teacher for teacher in teachers}
         self.references = References({}) if references is None else references
+        self._hidden_dtype = hidden_dtype
 
     @classmethod
     def from_experts(
@@ -50,9 +60,11 @@ class TeacherPool:
         vocab_size: int | None = None,
         max_resident: int | None = None,
         device: str = "cpu",
+        memory: int | None = None,
+        hidden_dtype: torch.dtype | None = None,
     ) -> TeacherPool:
         """Builds the pool of a run's experts with the checkpoints they were trained from, see `build_teachers`."""
-        store = ModelStore(max_resident=max_resident, device=device)
+        store = store_of(max_resident=max_resident, memory=memory, device=device)
         specs = list(experts.values())
         return cls(
             build_teachers(
@@ -65,6 +77,7 @@ class TeacherPool:
             references=References.from_experts(
                 specs, store=store, max_tokens_per_forward=max_tokens_per_forward, vocab_size=vocab_size
             ),
+            hidden_dtype=hidden_dtype,
         )
 
     @property
@@ -108,12 +121,20 @@ class TeacherPool:
                 "differ from the "
                 f"batch's {len(prompts)}; rows would be graded by the wrong teacher"
             )
-        found = []
+        asked = []
+        token_rows = rollouts.token_rows
         for teacher_id in routing.teacher_ids:
             rows = routing.rows_of(teacher_id)
-            tokens = torch.isin(rollouts.token_rows, rows).nonzero(as_tuple=True)[0]
+            tokens = torch.isin(token_rows, rows).nonzero(as_tuple=True)[0]
             if len(tokens):
-                found.append(self._ask(self.get(teacher_id), rollouts.select(rows.tolist()), tokens, support, k))
+                asked.append((self.get(teacher_id), rows, tokens))
+        ready = score_mixed([(teacher, rows) for teacher, rows, _ in asked], rollouts, support=support, k=k)
+        found = []
+        for (teacher, rows, tokens), following in zip(asked, [*asked[1:], None], strict=True):
+            if following is not None and hasattr(following[0], "prepare"):
+                following[0].prepare()
+            part = rollouts.select(rows.tolist())
+            found.append(self._ask(teacher, part, tokens, support, k, ready.get(teacher.teacher_id)))
         return Evidence(teachers=tuple(found), num_tokens=rollouts.num_tokens)
 
     def score_references(
@@ -123,7 +144,13 @@ class TeacherPool:
         return self.references.score(rollouts, routing, support=support, k=k)
 
     def _ask(
-        self, teacher: Teacher, part: RolloutBatch, tokens: Int[Tensor, " scored"], support: Support, k: int | None
+        self,
+        teacher: Teacher,
+        part: RolloutBatch,
+        tokens: Int[Tensor, " scored"],
+        support: Support,
+        k: int | None,
+        said: TeacherEvidence | None = None,
     ) -> TeacherEvidence:
         """Scores a sub-batch whose packed tokens are `tokens` of the whole batch, and maps the answer back."""
         if support not in teacher.supports:
@@ -131,7 +158,8 @@ class TeacherPool:
                 f"expected support={support} of the teacher '{teacher.teacher_id}', which offers "
                 f"{', '.join(sorted(teacher.supports))}; choose one of these, or serve the teacher another way"
             )
-        said = teacher.score(part, support=support, k=k)
+        if said is None:
+            said = teacher.score(part, support=support, k=k)
         for what, values in (
             ("hidden states", said.hidden),
             ("top-k logprobs", said.topk_logprobs),
@@ -139,7 +167,15 @@ class TeacherPool:
         ):
             if values is not None and not bool(torch.isfinite(values).all()):
                 raise dead(teacher.teacher_id, what)
-        return dataclasses.replace(said, teacher_id=teacher.teacher_id, tokens=tokens[said.tokens])
+        hidden = said.hidden if said.hidden is None else said.hidden.to(self._hidden_dtype or said.hidden.dtype)
+        return dataclasses.replace(said, teacher_id=teacher.teacher_id, tokens=tokens[said.tokens], hidden=hidden)
+
+
+def store_of(*, max_resident: int | None, memory: int | None, device: str) -> ModelStore | MappedStore:
+    """Makes the store of whole models: mapped files within a budget of bytes, or loaded ones, `max_resident` at most."""
+    if memory is not None:
+        return MappedStore(memory=memory, device=device)
+    return ModelStore(max_resident=max_resident, device=device)
 
 
 def build_teachers(
@@ -149,8 +185,9 @@ def build_teachers(
     chunk_size: int = 1024,
     vocab_size: int | None = None,
     max_resident: int | None = None,
-    store: ModelStore | None = None,
+    store: ModelStore | MappedStore | None = None,
     device: str = "cpu",
+    memory: int | None = None,
 ) -> list[HFTeacher | LoRATeacher]:
     """Builds in-process teachers for experts; weights load on first use, and equal checkpoints load once.
 
@@ -162,11 +199,12 @@ def build_teachers(
         max_resident: How many whole models stay loaded; None keeps all.
         store: Where whole models are kept, instead of a store of their own with `max_resident` places.
         device: A torch device, or `auto`.
+        memory: Most bytes of whole models at once, see `MappedStore`; None keeps them loaded.
 
     Raises:
         ConfigError: A size is not positive.
     """
-    models = ModelStore(max_resident=max_resident, device=device) if store is None else store
+    models = store_of(max_resident=max_resident, memory=memory, device=device) if store is None else store
     adapters = AdapterStore(device=device)
     teachers: list[HFTeacher | LoRATeacher] = []
     for spec in experts:

@@ -11,6 +11,7 @@ from moteach.catalogue.spec import ExpertSpec
 from moteach.errors import ConfigError
 from moteach.teachers.base import Teacher
 from moteach.teachers.hf import HFTeacher
+from moteach.teachers.mapped import MappedStore
 from moteach.teachers.store import ModelStore
 from moteach.types import Evidence, RolloutBatch, Routing, Support, TeacherEvidence
 
@@ -30,7 +31,7 @@ class References:
         cls,
         experts: Sequence[ExpertSpec],
         *,
-        store: ModelStore,
+        store: ModelStore | MappedStore,
         chunk_size: int = 1024,
         max_tokens_per_forward: int = 16384,
         vocab_size: int | None = None,

@@ -9,8 +9,10 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from moteach.divergences.logprobs import chunked_token_logprobs
+from moteach.divergences.plan import full_evidence
 from moteach.teachers.base import Teacher
 from moteach.teachers.pool import TeacherPool
+from moteach.teachers.references import References
 from moteach.types import Evidence, RolloutBatch, Routing, Support, TeacherEvidence
 
 
@@ -69,6 +71,17 @@ class ReusingTeachers:
         self._rollouts, self._asked, self._said = None, {}, {}
         return found
 
+    @property
+    def references(self) -> References:
+        """The checkpoints the teachers were trained from."""
+        return self.pool.references
+
+    def score_references(
+        self, rollouts: RolloutBatch, routing: Routing, *, support: Support, k: int | None = None
+    ) -> Evidence:
+        """Asks the checkpoint each teacher was trained from, see `TeacherPool.score_references`."""
+        return self.pool.score_references(rollouts, routing, support=support, k=k)
+
     def _known(self, rollouts: RolloutBatch, routing: Routing) -> Evidence:
         """Asks about the rows that are new, and returns the evidence about all rows of `routing`."""
         wanted = routing.weights > 0
@@ -96,10 +109,9 @@ class ReusingTeachers:
     def _sampled(self, entry: TeacherEvidence, rollouts: RolloutBatch) -> TeacherEvidence:
         logprobs = entry.sampled_logprobs
         if logprobs is None:
-            assert entry.hidden is not None
-            assert entry.head is not None
-            targets = rollouts.token_targets[entry.tokens].to(entry.hidden.device)
-            logprobs = chunked_token_logprobs(entry.hidden, entry.head, targets, chunk_size=self.chunk_size)
+            hidden, head = full_evidence(entry)
+            targets = rollouts.token_targets[entry.tokens].to(hidden.device)
+            logprobs = chunked_token_logprobs(hidden, head, targets, chunk_size=self.chunk_size)
         return TeacherEvidence(
             teacher_id=entry.teacher_id, support="sampled", tokens=entry.tokens, sampled_logprobs=logprobs
         )

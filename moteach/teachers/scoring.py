@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -43,10 +43,29 @@ def score_with(
         vocab_size: Size of the student's head. Rows of a larger teacher head beyond it are left out (several families
             pad their vocabulary by different amounts); a smaller head is refused.
     """
-    _check_request(teacher_id, support, k)
+    check_request(teacher_id, support, k)
     body, head = body_and_head(model)
-    head = _fit(_frozen(head), vocab_size, teacher_id)
+    head = fitted(head, vocab_size, teacher_id)
     hidden = packed_hidden(body, rollouts, max_tokens=max_tokens_per_forward)
+    return evidence_of(hidden, head, rollouts, teacher_id=teacher_id, support=support, k=k, chunk_size=chunk_size)
+
+
+@torch.no_grad()
+def evidence_of(
+    hidden: Float[Tensor, "packed hidden"],
+    head: Head,
+    rollouts: RolloutBatch,
+    *,
+    teacher_id: str,
+    support: Support,
+    k: int | None,
+    chunk_size: int,
+) -> TeacherEvidence:
+    """Turns the packed hidden states of a batch into what was asked for, see `score_with`.
+
+    Raises:
+        DeadTeacherError: They are not finite.
+    """
     if not bool(torch.isfinite(hidden).all()):
         raise dead(teacher_id, "hidden states")
     tokens = torch.arange(rollouts.num_tokens)
@@ -70,11 +89,23 @@ def score_with(
     )
 
 
-def packed_hidden(body: nn.Module, rollouts: RolloutBatch, *, max_tokens: int) -> Float[Tensor, "packed hidden"]:
+def packed_hidden(
+    body: nn.Module,
+    rollouts: RolloutBatch,
+    *,
+    max_tokens: int,
+    forward: Callable[[Tensor, Tensor, Sequence[int]], Tensor] | None = None,
+) -> Float[Tensor, "packed hidden"]:
     """Runs a body on the rows in micro-batches of similar length and packs the states that predict trained tokens.
 
     The last token of a row predicts nothing that is trained, so it is not computed; rows without a trained token are
     not computed at all. The result is in packed order whatever the order of the micro-batches.
+
+    Args:
+        body: The body.
+        rollouts: The rows.
+        max_tokens: Padded tokens in one forward.
+        forward: Runs the body on ids, mask and row numbers, where rows differ in more than their tokens.
     """
     needed = _needed_lengths(rollouts)
     counts = rollouts.loss_mask.sum(dim=1)
@@ -84,7 +115,8 @@ def packed_hidden(body: nn.Module, rollouts: RolloutBatch, *, max_tokens: int) -
     for rows in micro_batches(needed, max_tokens=max_tokens):
         part = rollouts.select(rows)
         width = max(needed[row] for row in rows)
-        states = hidden_states(body, part.input_ids[:, :width], part.attention_mask[:, :width])
+        ids, mask = part.input_ids[:, :width], part.attention_mask[:, :width]
+        states = hidden_states(body, ids, mask) if forward is None else forward(ids, mask, rows)
         pieces.append(part.pack(states))
         places += [torch.arange(starts[row], starts[row] + int(counts[row])) for row in rows]
     if not pieces:
@@ -153,7 +185,13 @@ def check_settings(*, chunk_size: int, max_tokens_per_forward: int) -> None:
             raise ConfigError(f"expected a positive number of tokens for '{key}', got {value}")
 
 
-def _check_request(teacher_id: str, support: Support, k: int | None) -> None:
+def check_request(teacher_id: str, support: Support, k: int | None) -> None:
+    """Refuses a support that does not exist, and a `k` where it is missing or would be ignored.
+
+    Raises:
+        UnsupportedCombinationError: There is no such support.
+        ConfigError: `k` does not go with it.
+    """
     if support not in ("full", "topk", "sampled"):
         raise UnsupportedCombinationError(
             f"expected support full, topk or sampled of the teacher '{teacher_id}', got '{support}'"
@@ -169,7 +207,13 @@ def _frozen(head: Head) -> Head:
     return Head(weight=head.weight.detach(), bias=bias, scale=head.scale, softcap=head.softcap)
 
 
-def _fit(head: Head, vocab_size: int | None, teacher_id: str) -> Head:
+def fitted(head: Head, vocab_size: int | None, teacher_id: str) -> Head:
+    """Detaches a head and cuts it to the student's vocabulary.
+
+    Raises:
+        IncompatibleTeacherError: It has fewer rows.
+    """
+    head = _frozen(head)
     rows = head.weight.shape[0]
     if vocab_size is None or rows == vocab_size:
         return head

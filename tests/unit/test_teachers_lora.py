@@ -10,7 +10,7 @@ from moteach.errors import ConfigError, MissingFileError
 from moteach.teachers.lora import AdapterStore, LoRATeacher
 from moteach.teachers.pool import TeacherPool, build_teachers
 from moteach.testing import tiny_model
-from moteach.types import Prompt, Rollout, RolloutBatch, Routing
+from moteach.types import Prompt, Rollout, RolloutBatch, Routing, Support
 
 peft = pytest.importorskip("peft")
 
@@ -105,3 +105,60 @@ def test_an_expert_with_an_adapter_becomes_a_lora_teacher(adapters: Path) -> Non
     evidence = teacher.score(rollouts(), support="full")
     assert evidence.hidden is not None
     assert evidence.hidden.shape == (15, 64)
+
+
+@pytest.mark.parametrize(("support", "k"), [("full", None), ("topk", 4), ("sampled", None)])
+def test_rows_of_several_adapters_in_one_forward_say_what_one_after_the_other_says(
+    adapters: Path, support: Support, k: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = str(adapters / "base")
+    specs = {name: ExpertSpec(name=name, adapter=str(adapters / name), base=base) for name in ("math", "code")}
+    batch = rollouts()
+    routing = Routing(
+        teacher_ids=("math", "code"),
+        prompt_ids=("p0", "p1", "p2"),
+        weights=torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.5, 0.5]]),
+        confidence=torch.ones(3),
+        abstained=torch.zeros(3, dtype=torch.bool),
+    )
+    forwards: list[int] = []
+    real = LoRATeacher.score
+    monkeypatch.setattr(LoRATeacher, "score", lambda self, *args, **kwargs: pytest.fail("one after the other"))
+    pool = TeacherPool.from_experts(specs)
+    teacher = pool.get("math")
+    assert isinstance(teacher, LoRATeacher)
+    body = teacher.model.get_submodule("model")
+    hook = body.register_forward_hook(lambda module, args, kwargs, out: forwards.append(1), with_kwargs=True)
+    assert isinstance(code := pool.get("code"), LoRATeacher)
+    assert code.model is teacher.model
+    forwards.clear()
+    evidence = pool.score(batch, routing, support=support, k=k)
+    assert len(forwards) == 1
+    hook.remove()
+    monkeypatch.setattr(LoRATeacher, "score", real)
+    for name, rows in (("math", [0, 2]), ("code", [1, 2])):
+        entry, alone = evidence.of(name), pool.get(name).score(batch.select(rows), support=support, k=k)
+        assert entry is not None
+        assert entry.tokens.tolist() == [i for i, row in enumerate(batch.token_rows.tolist()) if row in rows]
+        for field in ("hidden", "topk_ids", "topk_logprobs", "sampled_logprobs"):
+            mine, theirs = getattr(entry, field), getattr(alone, field)
+            assert (mine is None) == (theirs is None)
+            if mine is not None:
+                torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+    assert not any(parameter.requires_grad for parameter in teacher.model.parameters())
+    if support == "sampled":
+        entry = evidence.of("math")
+        assert entry is not None
+        other = merged_logprobs(adapters, "code", batch)[entry.tokens]
+        assert (entry.sampled_logprobs - other).abs().max() > 0.1, "the other adapter would have said something else"
+
+
+def test_an_adapter_with_a_head_of_its_own_is_asked_alone(adapters: Path) -> None:
+    wrapped = peft.get_peft_model(
+        tiny_model(seed=0, scale=3.0),
+        peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["norm"], task_type="CAUSAL_LM"),
+    )
+    wrapped.save_pretrained(adapters / "own")
+    base = str(adapters / "base")
+    assert AdapterStore().mixed([str(adapters / "math"), str(adapters / "code")], base=base) is not None
+    assert AdapterStore().mixed([str(adapters / "math"), str(adapters / "own")], base=base) is None
