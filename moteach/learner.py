@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -14,14 +15,17 @@ from torch import Tensor, nn
 
 from moteach.conflict.surgery import Surgery
 from moteach.data.base import domain_of
+from moteach.distributed import Ranks, local
 from moteach.divergences.disagreement import OF_TEACHERS
 from moteach.divergences.logprobs import chunked_token_logprobs
+from moteach.gathering import join_stats
 from moteach.objectives.balance import Balance, NoBalance, apply_balance
-from moteach.objectives.base import Objective, Scored, token_weights, tokens_per_chunk
+from moteach.objectives.base import BatchSize, Objective, Scored, token_weights, tokens_per_chunk
 from moteach.objectives.by_teacher import OwnGradients, joined, shares
 from moteach.objectives.mix import supervised_loss
 from moteach.objectives.teaching import teaching_of
 from moteach.objectives.token_weights import TokenWeighting, apply_token_weights
+from moteach.sharding import anchor, blank_batch, nothing
 from moteach.types import Head, LossOutput, RolloutBatch
 
 
@@ -32,6 +36,9 @@ class Learner:
     Two passes where they are needed: `measure` looks at all tokens of the batch without a gradient, token weights and balance
     make the final weight of each token out of it, and the objective is differentiated with these. Where nothing asks for a
     measurement the first pass is not made, and where the batch is one micro-batch it shares the student's forward.
+
+    Of several ranks each has its own rows. They make equally many passes through the student, because its parameters are
+    gathered in each, and look at the statistics of all rows before they weigh their own.
     """
 
     student: nn.Module
@@ -40,6 +47,7 @@ class Learner:
     token_weights: Sequence[TokenWeighting] = ()
     balance: Balance = field(default_factory=NoBalance)
     micro_batch_size: int | None = None
+    ranks: Ranks = field(default_factory=Ranks)
 
     @property
     def wanted(self) -> frozenset[str]:
@@ -75,7 +83,7 @@ class Learner:
         parts = self.micro_batches(len(scored.rollouts))
         weigh = weigh and self.weighs
         metrics: dict[str, float] = {}
-        if weigh and len(parts) > 1:
+        if weigh and (len(parts) > 1 or self.ranks.size > 1):
             scored, metrics = self._weighed(scored, self._measured(scored))
             weigh = False
         total = torch.zeros(())
@@ -83,6 +91,7 @@ class Learner:
         for rows in parts:
             kept = scored.kept(rows)
             if not bool(kept.any()):
+                self._idle()
                 continue
             part = scored if len(parts) == 1 else scored.select(rows)
             output = self.student(part.rollouts, partial(self._term, scored=part, weigh=weigh))
@@ -124,18 +133,34 @@ class Learner:
         prepare = getattr(self.objective, "prepared", None)
         return scored if prepare is None else cast(Scored, prepare(scored))
 
-    def supervised(self, rollouts: RolloutBatch, weight: float) -> float:
-        """Adds the gradient of weight * cross-entropy, averaged over sequences and their tokens; returns the loss."""
+    def supervised(self, rollouts: RolloutBatch | None, weight: float) -> float:
+        """Adds the gradient of weight * cross-entropy, averaged over sequences and their tokens; returns the loss.
+
+        Args:
+            rollouts: Answers that are taught; None where the prompts of this rank have none.
+            weight: Of the term.
+        """
+        rollouts = RolloutBatch.from_rollouts([], pad_id=0) if rollouts is None else rollouts
         total = 0.0
-        weights = weight * token_weights(rollouts, "sequence_mean")
+        size = self.size_of(rollouts)
+        weights = weight * token_weights(rollouts, "sequence_mean", size=size)
         rows_of = rollouts.token_rows
         for rows in self.micro_batches(len(rollouts)):
             kept = (rows_of >= rows.start) & (rows_of < rows.stop)
+            if not bool(kept.any()):
+                self._idle()
+                continue
             part = rollouts.select(rows)
             output: LossOutput = self.student(part, partial(supervised_loss, rollouts=part, weights=weights[kept]))
             output.loss.backward()  # type: ignore[no-untyped-call]
             total += float(output.loss.detach())
-        return total
+        return float(self.ranks.sum(torch.tensor(total, dtype=torch.float64)))
+
+    def size_of(self, rollouts: RolloutBatch) -> BatchSize:
+        """Counts the rows of all ranks."""
+        own = BatchSize.of(rollouts)
+        tokens, sequences = self.ranks.sum(torch.tensor([own.tokens, own.sequences])).tolist()
+        return BatchSize(tokens=int(tokens), sequences=int(sequences))
 
     @torch.no_grad()
     def proximal_logprobs(self, rollouts: RolloutBatch) -> Float[Tensor, " packed"]:
@@ -156,23 +181,36 @@ class Learner:
         """
         domains = [domain_of(rollout.prompt) for rollout in scored.rollouts.rollouts]
         vectors: dict[str, Tensor] = {}
-        for name in sorted(set(domains)):
+        for name in sorted({name for names in self.ranks.gather(domains) for name in names}):
             self.student.zero_grad(set_to_none=True)
             self.loss(scored.select([row for row, domain in enumerate(domains) if domain == name]), weigh=False)
-            grads = [p.grad.flatten() for p in self.student.parameters() if p.grad is not None]
+            grads = [local(p.grad).flatten() for p in self.student.parameters() if p.grad is not None]
             if grads:
                 vectors[name] = torch.cat(grads)
         self.student.zero_grad(set_to_none=True)
-        found = {f"gradient_norm/{name}": float(vector.norm()) for name, vector in vectors.items()}
+        norms = {name: math.sqrt(self._dot(vector, vector)) for name, vector in vectors.items()}
+        found = {f"gradient_norm/{name}": norm for name, norm in norms.items()}
         for left, right in combinations(vectors, 2):
-            cosine = torch.nn.functional.cosine_similarity(vectors[left], vectors[right], dim=0)
-            found[f"gradient_cosine/{left}/{right}"] = float(cosine)
+            scale = max(norms[left] * norms[right], torch.finfo(torch.float32).tiny)
+            found[f"gradient_cosine/{left}/{right}"] = self._dot(vectors[left], vectors[right]) / scale
         return found
 
+    def _dot(self, left: Tensor, right: Tensor) -> float:
+        """Inner product of two gradients of which every rank holds its part."""
+        return float(self.ranks.sum((left.double() * right.double()).sum()))
+
     def micro_batches(self, rows: int) -> list[range]:
-        """Splits the rows of a batch into consecutive ranges."""
+        """Splits the rows of a batch into consecutive ranges, as many on every rank: the last ones may be empty."""
         size = self.micro_batch_size or max(rows, 1)
-        return [range(begin, min(begin + size, rows)) for begin in range(0, rows, size)]
+        parts = [range(begin, min(begin + size, rows)) for begin in range(0, rows, size)]
+        return parts + [range(rows, rows)] * (self.ranks.most(len(parts)) - len(parts))
+
+    def _idle(self) -> None:
+        """Runs the student on nothing while other ranks still have rows, since they gather its parameters together."""
+        if self.ranks.size > 1:
+            output: LossOutput = self.student(blank_batch(), nothing)
+            if output.loss.requires_grad:
+                output.loss.backward()  # type: ignore[no-untyped-call]
 
     def _term(self, hidden: Float[Tensor, "packed hidden"], head: Head, *, scored: Scored, weigh: bool) -> LossOutput:
         metrics: dict[str, float] = {}
@@ -180,6 +218,8 @@ class Learner:
             stats = self._look(hidden, head, scored) if self.wanted else self._known(scored)
             scored, metrics = self._weighed(scored, stats)
         output = self.objective(hidden, head, scored)
+        if self.ranks.size > 1:
+            output = replace(output, loss=output.loss + anchor(hidden, head))
         between = {
             name: scored.stats[name] for name in OF_TEACHERS if scored.stats is not None and name in scored.stats
         }
@@ -213,6 +253,7 @@ class Learner:
         for rows in self.micro_batches(len(rollouts)):
             kept = (rows_of >= rows.start) & (rows_of < rows.stop)
             if not bool(kept.any()):
+                self._idle()
                 continue
             output: LossOutput = self.student(rollouts.select(rows), look(rows))
             for name, values in output.token_stats.items():
@@ -221,10 +262,28 @@ class Learner:
 
     def _weighed(self, scored: Scored, stats: Mapping[str, Tensor]) -> tuple[Scored, dict[str, float]]:
         """Gives every token its final weight, from what was measured on the whole batch."""
-        weighted = apply_token_weights(self.token_weights, scored.rollouts, stats, scored.base_weights)
-        final = apply_balance(self.balance, scored.rollouts, stats, weighted.weights)
+        rollouts, stats, base, mine = self._of_all_ranks(scored, stats)
+        weighted = apply_token_weights(self.token_weights, rollouts, stats, base)
+        final = apply_balance(self.balance, rollouts, stats, weighted.weights)
         metrics = {}
         if self.token_weights:
             metrics = {"token_weights/kept": weighted.kept_fraction, "token_weights/scale": weighted.scale}
-        credit = cast(Any, self.objective).credit(scored.rollouts, stats) if self.credits else None
-        return replace(scored, token_weights=final, credit=credit, stats=stats or None), metrics
+        credit = cast(Any, self.objective).credit(rollouts, stats)[mine] if self.credits else None
+        own = {name: values[mine] for name, values in stats.items()}
+        return replace(scored, token_weights=final[mine], credit=credit, stats=own or None), metrics
+
+    def _of_all_ranks(
+        self, scored: Scored, stats: Mapping[str, Tensor]
+    ) -> tuple[RolloutBatch, Mapping[str, Tensor], Tensor, slice]:
+        """Rows, statistics and weights of all ranks one behind the other, and where this rank's tokens lie in them."""
+        if self.ranks.size == 1:
+            return scored.rollouts, stats, scored.base_weights, slice(None)
+        parts = self.ranks.gather((scored.rollouts.rollouts, dict(stats), scored.base_weights))
+        counts = [len(part[2]) for part in parts]
+        start = sum(counts[: self.ranks.rank])
+        return (
+            RolloutBatch.from_rollouts([rollout for part in parts for rollout in part[0]], pad_id=0),
+            join_stats([part[1] for part in parts], counts),
+            torch.cat([part[2] for part in parts]),
+            slice(start, start + counts[self.ranks.rank]),
+        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -91,9 +91,16 @@ class Student(nn.Module):
         states = hidden_states(body, rollouts.input_ids, rollouts.attention_mask)
         return loss(rollouts.pack(states), head)
 
-    def save_pretrained(self, folder: Path | str) -> None:
-        """Writes safetensors, tokenizer, chat template and generation config, for `AutoModelForCausalLM` to open."""
-        self.model.save_pretrained(folder, safe_serialization=True)
+    def save_pretrained(self, folder: Path | str, *, weights: Mapping[str, Tensor] | None = None) -> None:
+        """Writes safetensors, tokenizer, chat template and generation config, for `AutoModelForCausalLM` to open.
+
+        Args:
+            folder: Where to.
+            weights: The model's state, where the model itself holds only parts of it.
+        """
+        self.model.save_pretrained(
+            folder, safe_serialization=True, state_dict=None if weights is None else dict(weights)
+        )
         self.tokenizer.save_pretrained(folder)
         if self.model.generation_config is not None:
             self.model.generation_config.save_pretrained(folder)

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from moteach.checkpoint import Checkpoints, flatten_optimizer, restore_optimizer, restore_tensors, trained_tensors
+from moteach.checkpoint import (
+    Checkpoints,
+    flatten_optimizer,
+    optimized,
+    restore_optimizer,
+    restore_tensors,
+    trained_tensors,
+)
 from moteach.data.sampling import Sampler, StepFeedback
-from moteach.errors import ConfigError, TrainingError
+from moteach.distributed import Ranks, full
+from moteach.errors import TrainingError
+from moteach.gathering import Whole, gather_whole
 from moteach.learner import Learner
 from moteach.objectives.balance import balance_metrics
 from moteach.objectives.base import Scored, token_weights
@@ -23,68 +30,16 @@ from moteach.objectives.mix import Mix, outcome_advantages
 from moteach.rollouts.base import RolloutEngine
 from moteach.routing.base import ObservingRouter, Router, RoutingFeedback
 from moteach.routing.metrics import routing_metrics
+from moteach.settings import TrainerSettings
+from moteach.sharding import whole
 from moteach.students import Student
 from moteach.teachers.base import Teacher
 from moteach.teachers.pool import TeacherPool
 from moteach.teachers.reuse import ReusingTeachers
 from moteach.tracking.base import Tracker
+from moteach.tracking.stopwatch import Stopwatch
 from moteach.tracking.traces import Traces
-from moteach.types import Evidence, LossOutput, Prompt, RolloutBatch, Routing, Support
-
-Schedule = Literal["cosine", "linear", "constant"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainerSettings:
-    """The numbers of the loop; `moteach.config.schema` says what each means."""
-
-    max_steps: int
-    support: Support = "full"
-    k: int | None = None
-    group_size: int = 1
-    lr: float = 1e-3
-    warmup_steps: int = 0
-    schedule: Schedule = "cosine"
-    final_lr_fraction: float = 0.0
-    max_grad_norm: float = 1.0
-    updates_per_step: int = 1
-    gradient_cosine_every: int = 0
-    checkpoint_every: int = 0
-
-    def __post_init__(self) -> None:
-        if self.updates_per_step < 1:
-            raise ConfigError(f"updates_per_step: expected at least 1 update, got {self.updates_per_step}")
-
-    def lr_at(self, step: int) -> float:
-        """Learning rate of the update that takes `step` to `step + 1`: linear warm-up, then the schedule."""
-        if step < self.warmup_steps:
-            return self.lr * (step + 1) / self.warmup_steps
-        if self.schedule == "constant":
-            return self.lr
-        done = (step - self.warmup_steps) / max(self.max_steps - self.warmup_steps - 1, 1)
-        shape = 0.5 * (1 + math.cos(math.pi * done)) if self.schedule == "cosine" else 1 - done
-        return self.lr * (self.final_lr_fraction + (1 - self.final_lr_fraction) * shape)
-
-
-@dataclass
-class Stopwatch:
-    """Seconds spent in each part of a step."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def __call__(self, part: str) -> Iterator[None]:
-        """Adds the time of the block to `part`."""
-        begin = time.perf_counter()
-        yield
-        self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - begin
-
-    def lap(self) -> dict[str, float]:
-        """Returns `time/<part>` and `step_time` since the last lap, and starts over."""
-        metrics = {f"time/{part}": value for part, value in self.seconds.items()}
-        metrics["step_time"] = sum(self.seconds.values())
-        self.seconds.clear()
-        return metrics
+from moteach.types import Evidence, LossOutput, Prompt, RolloutBatch, Routing
 
 
 @dataclass(kw_only=True)
@@ -118,6 +73,11 @@ class Trainer:
     watch: Stopwatch = field(default_factory=Stopwatch)
 
     @property
+    def ranks(self) -> Ranks:
+        """The processes that train the student together."""
+        return self.learner.ranks
+
+    @property
     def student(self) -> Student:
         """The model that is trained."""
         return cast(Student, self.learner.student)
@@ -131,8 +91,9 @@ class Trainer:
         self.engine.sync(self.student.model, version=start)
         for step in range(start, self.settings.max_steps):
             with self.watch("generate"):
-                prompts = self.sampler.next(step)
-                rollouts = self.engine.generate(prompts, step=step, group_size=self.settings.group_size)
+                prompts = self.ranks.share(self.sampler.next(step))
+                with whole(self.student):
+                    rollouts = self.engine.generate(prompts, step=step, group_size=self.settings.group_size)
             with self.watch("route"):
                 routing = self.router.route([rollout.prompt for rollout in rollouts.rollouts], rollouts)
             with self.watch("score"):
@@ -150,11 +111,11 @@ class Trainer:
         self, step: int, rollouts: RolloutBatch, routing: Routing, evidence: Evidence, rewards: Sequence[float]
     ) -> LossOutput:
         """Takes the optimizer steps of one batch: `updates_per_step`, each on its own share of the rows."""
-        if not evidence.teachers and self.mix == Mix():
+        if self.mix == Mix() and not self.ranks.any(bool(evidence.teachers)):
             return LossOutput(loss=torch.zeros(()), denominator=1.0, metrics={"skipped_step": 1.0})
         self.student.train()
         scored = self.scored(rollouts, routing, evidence, rewards)
-        count = min(self.settings.updates_per_step, len(rollouts))
+        count = min(self.settings.updates_per_step, self.ranks.least(len(rollouts)))
         if count > 1 and getattr(self.learner.objective, "needs_proximal", False):
             scored = replace(scored, proximal_logprobs=self.learner.proximal_logprobs(rollouts))
         metrics: dict[str, float] = {}
@@ -172,13 +133,23 @@ class Trainer:
 
     def scored(self, rollouts: RolloutBatch, routing: Routing, evidence: Evidence, rewards: Sequence[float]) -> Scored:
         """Joins what the teachers said with what is mixed into their loss."""
-        scored = Scored.of(rollouts, routing, evidence, normalise=self.learner.objective.normalise)
+        scored = self.unmixed(rollouts, routing, evidence)
         if self.mix.outcome > 0:
             scored = replace(scored, outcome_advantages=outcome_advantages(rollouts, rewards, self.mix))
         if self.mix.reference > 0 and self.reference is not None:
             said = self.reference.score(rollouts, support="full")
             scored = replace(scored, reference=Evidence(teachers=(said,), num_tokens=rollouts.num_tokens))
         return self.with_references(scored)
+
+    def unmixed(self, rollouts: RolloutBatch, routing: Routing, evidence: Evidence) -> Scored:
+        """Weights each token by its share of the global batch, and nothing else."""
+        return Scored.of(
+            rollouts,
+            routing,
+            evidence,
+            normalise=self.learner.objective.normalise,
+            size=self.learner.size_of(rollouts),
+        )
 
     def with_references(self, scored: Scored) -> Scored:
         """Adds what the teachers' origins and the student's own say, where gate or resolver compare with them."""
@@ -201,11 +172,12 @@ class Trainer:
         """
         self.optimizer.zero_grad(set_to_none=True)
         output = self.learner.loss(scored)
+        output = replace(output, loss=self.ranks.sum(output.loss))
         metrics: dict[str, float] = {}
         if self.mix.supervised > 0 and self.answers is not None:
             gold = self.answers([rollout.prompt for rollout in scored.rollouts.rollouts])
-            metrics["supervised_loss"] = 0.0 if gold is None else self.learner.supervised(gold, self.mix.supervised)
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.settings.max_grad_norm)
+            metrics["supervised_loss"] = self.learner.supervised(gold, self.mix.supervised)
+        grad_norm = full(torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.settings.max_grad_norm))
         for name, value in (("loss", output.loss), ("norm of the gradient", grad_norm)):
             if not bool(torch.isfinite(value)):
                 raise TrainingError(
@@ -226,20 +198,22 @@ class Trainer:
         Returns:
             Nats per token under `mean` and under each domain.
         """
-        rollouts = self.engine.generate(prompts, step=self.settings.max_steps)
+        with whole(self.student):
+            rollouts = self.engine.generate(self.ranks.share(prompts), step=self.settings.max_steps)
         routing = self.router.route([rollout.prompt for rollout in rollouts.rollouts], rollouts)
         evidence = self.teachers.score(rollouts, routing, support=self.settings.support, k=self.settings.k)
-        scored = self.with_references(
-            Scored.of(rollouts, routing, evidence, normalise=self.learner.objective.normalise)
-        )
-        found = token_metrics(rollouts, self.learner.loss(scored, weigh=False).token_stats)
+        scored = self.with_references(self.unmixed(rollouts, routing, evidence))
+        stats = self.learner.loss(scored, weigh=False).token_stats
+        seen = self.gathered(rollouts, routing, evidence, [math.nan] * len(rollouts), stats, group_size=1)
+        found = token_metrics(seen.rollouts, seen.stats)
         domains = {key.partition("/")[2]: value for key, value in found.items() if key.startswith("divergence/")}
         return {"mean": found["divergence"], **domains}
 
     def _share(self, scored: Scored, rows: Sequence[int]) -> Scored:
         """The rows of one of several updates, weighted as a batch of their own."""
         part = scored.select(rows)
-        weights = token_weights(part.rollouts, self.learner.objective.normalise)
+        size = self.learner.size_of(part.rollouts)
+        weights = token_weights(part.rollouts, self.learner.objective.normalise, size=size)
         return replace(part, base_weights=weights, token_weights=weights)
 
     def record(
@@ -253,28 +227,53 @@ class Trainer:
     ) -> None:
         """Tells the sampler, and a router that learns, what the step showed, and writes the step's metrics and traces."""
         with self.watch("record"):
-            of_tokens = token_metrics(rollouts, output.token_stats)
-            self.sampler.observe(_feedback(step, rollouts, rewards, of_tokens))
+            seen = self.gathered(rollouts, routing, evidence, rewards, output.token_stats)
+            of_tokens = token_metrics(seen.rollouts, seen.stats)
+            self.sampler.observe(_feedback(step, seen.rollouts, seen.rewards, of_tokens))
             if isinstance(self.router, ObservingRouter):
                 self.router.observe(
-                    RoutingFeedback(step=step, rollouts=rollouts, routing=routing, rewards=tuple(rewards))
+                    RoutingFeedback(
+                        step=step, rollouts=seen.rollouts, routing=seen.routing, rewards=tuple(seen.rewards)
+                    )
                 )
             metrics = {
                 "loss": float(output.loss),
                 **of_tokens,
-                **rollout_metrics(rollouts, rewards),
-                **routing_metrics(routing),
-                **teacher_metrics(evidence),
+                **rollout_metrics(seen.rollouts, seen.rewards),
+                **routing_metrics(seen.routing),
+                **teacher_metrics(seen.evidence),
                 **self.sampler.metrics(),
                 **output.metrics,
             }
-            if "weight" in output.token_stats:
-                before = token_weights(rollouts, self.learner.objective.normalise)
-                metrics |= balance_metrics(rollouts, output.token_stats, before, output.token_stats["weight"])
-            self.traces.record(step, rollouts, routing, rewards)
+            if "weight" in seen.stats:
+                before = token_weights(seen.rollouts, self.learner.objective.normalise)
+                metrics |= balance_metrics(seen.rollouts, seen.stats, before, seen.stats["weight"])
+            if self.ranks.is_first:
+                self.traces.record(step, seen.rollouts, seen.routing, seen.rewards)
         metrics.update(self.watch.lap())
         for tracker in self.trackers:
             tracker.log(step, metrics)
+
+    def gathered(
+        self,
+        rollouts: RolloutBatch,
+        routing: Routing,
+        evidence: Evidence,
+        rewards: Sequence[float],
+        stats: Mapping[str, Tensor],
+        *,
+        group_size: int | None = None,
+    ) -> Whole:
+        """Puts the rows of all ranks together, so that what looks at a step sees all of it."""
+        return gather_whole(
+            self.ranks,
+            rollouts=rollouts,
+            routing=routing,
+            evidence=evidence,
+            rewards=rewards,
+            stats=stats,
+            group_size=group_size or self.settings.group_size,
+        )
 
     def checkpoint_due(self, step: int) -> bool:
         """True every `checkpoint_every` steps and after the last one."""
@@ -283,7 +282,8 @@ class Trainer:
 
     def save(self, step: int) -> None:
         """Flushes the traces, then writes a checkpoint with everything the next step depends on."""
-        self.traces.flush(step)
+        if self.ranks.is_first:
+            self.traces.flush(step)
         buffers, groups = flatten_optimizer(self.optimizer)
         state = {
             "step": step,
@@ -302,7 +302,11 @@ class Trainer:
 
     def resume(self, step: int) -> None:
         """Restores the checkpoint of `step`."""
-        tensors, state = self.checkpoints.load(step)
+        like = {
+            "student": trained_tensors(self.student),
+            "optimizer": {str(index): parameter for index, parameter in enumerate(optimized(self.optimizer))},
+        }
+        tensors, state = self.checkpoints.load(step, like=like)
         restore_tensors(self.student, tensors["student"])
         restore_optimizer(self.optimizer, tensors.get("optimizer", {}), state["optimizer_groups"])
         torch.set_rng_state(tensors["rng"]["torch"])

@@ -24,9 +24,13 @@ def run(argv: Sequence[str]) -> None:
 def task(cfg: DictConfig) -> float | None:
     """Trains once; returns the mean normalised score, which sweepers maximise."""
     from moteach.config.validate import validate
+    from moteach.distributed import Ranks
 
-    console = Console()
+    ranks = Ranks.from_environment()
+    console = Console(quiet=not ranks.is_first)
     validate(cfg)
+    # the name holds the time, which differs between processes
+    cfg.run_dir = ranks.first(str(cfg.run_dir))
     run_dir = Path(cfg.run_dir)
     if (run_dir / "summary.json").is_file():
         console.print(f"{run_dir} is finished; choose another run_dir to train again")
@@ -36,11 +40,12 @@ def task(cfg: DictConfig) -> float | None:
     from moteach.tracking.terminal import TerminalTracker
 
     terminal = TerminalTracker(console=console, max_steps=cfg.max_steps)
-    job = assemble(cfg, trackers=[terminal])
+    job = assemble(cfg, trackers=[terminal], ranks=ranks)
     try:
         summary = _train(job, console)
     finally:
         terminal.stop()
+    ranks.wait()
     return _report(console, summary)
 
 
@@ -56,7 +61,9 @@ def _train(job: Any, console: Console) -> dict[str, Any]:
     if start == 0:
         measure.divergence("before")
     trainer = job.trainer
-    trainer.traces.start(start)
+    first = trainer.ranks.is_first
+    if first:
+        trainer.traces.start(start)
     config = _plain(job.cfg)
     for tracker in trainer.trackers:
         tracker.start(run_dir=job.run_dir, config=config, step=start)
@@ -70,10 +77,11 @@ def _train(job: Any, console: Console) -> dict[str, Any]:
                 "after": measure.divergence("after"),
             }
     _save_student(job)
-    trainer.traces.finish()
     for tracker in trainer.trackers:
         tracker.finish(summary)
-    _write_json(job.run_dir / "summary.json", summary)
+    if first:
+        trainer.traces.finish()
+        _write_json(job.run_dir / "summary.json", summary)
     return summary
 
 
@@ -84,15 +92,16 @@ def _open_run(job: Any) -> int:
     run_dir: Path = job.run_dir
     identity = run_dir / "identity.json"
     current = json.loads(json.dumps(dict(job.trainer.identity)))
-    if identity.is_file():
-        refuse_changes(json.loads(identity.read_text(encoding="utf-8")), current)
-    else:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        _write_json(identity, current)
-    _write_text(
-        run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(_plain(job.cfg, redacted=True)), resolve=True)
-    )
-    steps = job.trainer.checkpoints.steps()
+    ranks = job.trainer.ranks
+    if ranks.is_first:
+        if identity.is_file():
+            refuse_changes(json.loads(identity.read_text(encoding="utf-8")), current)
+        else:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            _write_json(identity, current)
+        plain = OmegaConf.create(_plain(job.cfg, redacted=True))
+        _write_text(run_dir / "config.yaml", OmegaConf.to_yaml(plain, resolve=True))
+    steps: list[int] = ranks.first(job.trainer.checkpoints.steps())
     if steps:
         job.trainer.resume(steps[-1])
     return steps[-1] if steps else 0
@@ -135,11 +144,16 @@ class Measurement:
                 grade=grade_prompt,
                 decode=decoder(self.job.tokenizer),
                 max_new_tokens=self.job.cfg.eval.max_new_tokens,
+                ranks=self.job.trainer.ranks,
             )
 
     def student(self, label: str) -> dict[str, Any]:
         """Scores the student as it is now."""
-        return self.of(self.job.trainer.student.model, [*self.domains, *self.job.cfg.eval.extra_domains], label)
+        from moteach.sharding import whole
+
+        student = self.job.trainer.student
+        with whole(student):
+            return self.of(student.model, [*self.domains, *self.job.cfg.eval.extra_domains], label)
 
     def baseline(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Scores the student before training and each teacher on the domains it claims; the best teacher counts."""
@@ -148,7 +162,7 @@ class Measurement:
         if not self.job.cfg.eval.enabled:
             return {}, {}
         path = self.job.run_dir / "baseline.json"
-        if path.is_file():
+        if self.job.trainer.ranks.first(path.is_file()):
             saved = json.loads(path.read_text(encoding="utf-8"))
             return (
                 {domain: DomainScore(**score) for domain, score in saved["before"].items()},
@@ -165,7 +179,10 @@ class Measurement:
                 if domain not in teacher or score.accuracy > teacher[domain].accuracy:
                     teacher[domain] = score
         scores = {"before": before, "teacher": teacher}
-        _write_json(path, {name: {d: asdict(score) for d, score in table.items()} for name, table in scores.items()})
+        if self.job.trainer.ranks.is_first:
+            _write_json(
+                path, {name: {d: asdict(score) for d, score in table.items()} for name, table in scores.items()}
+            )
         return before, teacher
 
     def divergence(self, when: str) -> dict[str, float] | None:
@@ -176,18 +193,25 @@ class Measurement:
         if not (self.job.cfg.eval.enabled and self.job.cfg.eval.divergence):
             return None
         path = self.job.run_dir / f"divergence_{when}.json"
-        if path.is_file():
+        if self.job.trainer.ranks.first(path.is_file()):
             return dict(json.loads(path.read_text(encoding="utf-8")))
         found: dict[str, float] = self.job.trainer.held_out_divergence(self.prompts_of(self.domains))
-        _write_json(path, found)
+        if self.job.trainer.ranks.is_first:
+            _write_json(path, found)
         return found
 
 
 def _save_student(job: Any) -> None:
     """Writes `run_dir/student` whole or not at all."""
+    from moteach.sharding import full_tensors
+
     temporary, final = job.run_dir / ".tmp-student", job.run_dir / "student"
+    student, ranks = job.trainer.student, job.trainer.ranks
+    weights = full_tensors(student.model) if ranks.size > 1 else None
+    if not ranks.is_first:
+        return
     shutil.rmtree(temporary, ignore_errors=True)
-    job.trainer.student.save_pretrained(temporary)
+    student.save_pretrained(temporary, weights=weights)
     shutil.rmtree(final, ignore_errors=True)
     temporary.replace(final)
 

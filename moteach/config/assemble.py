@@ -33,17 +33,20 @@ from moteach.config.parts import build_balance, build_mix, build_objective, buil
 from moteach.config.schema import IGNORED_ON_RESUME
 from moteach.config.teachers import hidden_dtype_of, memory_of
 from moteach.data.base import DEFAULT_DOMAIN, PromptSet, check_disjoint, domain_of, fingerprint, rows_by_domain
+from moteach.distributed import Ranks
 from moteach.errors import ConfigError, nearest
 from moteach.evaluation.runner import grade_rollouts
 from moteach.learner import Learner
 from moteach.objectives.answers import Answers
 from moteach.rollouts.base import RolloutEngine
+from moteach.settings import TrainerSettings
+from moteach.sharding import shard
 from moteach.students import Student
 from moteach.teachers.hf import HFTeacher
 from moteach.teachers.pool import TeacherPool
 from moteach.tracking.base import Tracker, redact
 from moteach.tracking.traces import Traces
-from moteach.trainer import Trainer, TrainerSettings
+from moteach.trainer import Trainer
 from moteach.types import Prompt
 from moteach.verifiers.base import VERIFIERS, verifier_named
 
@@ -66,16 +69,18 @@ class Job:
         return build_engine(self.cfg, model, self.tokenizer)
 
 
-def assemble(cfg: DictConfig, *, trackers: Sequence[Tracker] = ()) -> Job:
+def assemble(cfg: DictConfig, *, trackers: Sequence[Tracker] = (), ranks: Ranks | None = None) -> Job:
     """Builds every object of a training run and checks that they fit; loads weights, writes nothing.
 
     Args:
         cfg: A composed and validated config.
         trackers: Trackers beside those of the config (the terminal).
+        ranks: The processes that train together; only the first one tracks and writes.
 
     Raises:
         MoteachError: Something cannot be used, or would go wrong in the middle of the run.
     """
+    ranks = Ranks() if ranks is None else ranks
     run_dir = Path(cfg.run_dir)
     check_run_dir(run_dir)
     torch.manual_seed(cfg.seed)
@@ -90,6 +95,7 @@ def assemble(cfg: DictConfig, *, trackers: Sequence[Tracker] = ()) -> Job:
         gradient_checkpointing=cfg.student.gradient_checkpointing,
     )
     _set_threads(cfg.threads, student)
+    shard(student, ranks, compute_dtype=cfg.student.compute_dtype)
     trainer = Trainer(
         settings=_settings(cfg),
         learner=Learner(
@@ -98,6 +104,7 @@ def assemble(cfg: DictConfig, *, trackers: Sequence[Tracker] = ()) -> Job:
             token_weights=tuple(build_token_weights(cfg, tokenizer).values()),
             balance=build_balance(cfg),
             micro_batch_size=cfg.optim.micro_batch_size,
+            ranks=ranks,
         ),
         teachers=TeacherPool.from_experts(
             {expert.name: expert for expert in experts},
@@ -116,9 +123,9 @@ def assemble(cfg: DictConfig, *, trackers: Sequence[Tracker] = ()) -> Job:
             eps=cfg.optim.eps,
             weight_decay=cfg.optim.weight_decay,
         ),
-        trackers=[*(build(cfg.tracker[name], where=f"tracker.{name}") for name in cfg.tracker), *trackers],
+        trackers=_trackers(cfg, trackers) if ranks.is_first else [],
         traces=Traces(run_dir, decode=decoder(tokenizer), completions=cfg.trace.completions),
-        checkpoints=Checkpoints(run_dir / "checkpoints", keep_last=cfg.checkpoint.keep_last),
+        checkpoints=Checkpoints(run_dir / "checkpoints", keep_last=cfg.checkpoint.keep_last, ranks=ranks),
         grade=partial(grade_rollouts, grade=grade_prompt, decode=decoder(tokenizer)),
         mix=build_mix(cfg),
         reference=_reference(cfg, vocab_size=student.vocab_size),
@@ -129,6 +136,10 @@ def assemble(cfg: DictConfig, *, trackers: Sequence[Tracker] = ()) -> Job:
     job = Job(cfg=cfg, run_dir=run_dir, trainer=trainer, prompts=prompts, experts=experts, tokenizer=tokenizer)
     _check(job)
     return job
+
+
+def _trackers(cfg: DictConfig, more: Sequence[Tracker]) -> list[Tracker]:
+    return [*(build(cfg.tracker[name], where=f"tracker.{name}") for name in cfg.tracker), *more]
 
 
 def _set_threads(threads: int | None, student: torch.nn.Module) -> None:

@@ -37,6 +37,8 @@ class StudentConfig:
     """Dtype of the trained parameters."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more compute."""
+    compute_dtype: str | None = None
+    """With several ranks, the precision of forward and backward (`bfloat16`); parameters keep `dtype`, sums are float32."""
 
 
 @dataclass

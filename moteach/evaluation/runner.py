@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from moteach.distributed import Ranks
 from moteach.types import Prompt, RolloutBatch
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ def evaluate(
     grade: Grade,
     decode: Callable[[Sequence[int]], str],
     max_new_tokens: int | None = None,
+    ranks: Ranks | None = None,
 ) -> dict[str, DomainScore]:
     """Writes one greedy completion per prompt and grades it.
 
@@ -44,18 +46,24 @@ def evaluate(
         grade: Dispatches to the prompt's verifier.
         decode: Token ids to text, special tokens skipped.
         max_new_tokens: Length limit; None uses the engine's.
+        ranks: Processes that share the prompts; each gets all scores.
 
     Returns:
         A score per domain, in the order in which domains first appear.
     """
+    ranks = Ranks() if ranks is None else ranks
     graded_prompts = [prompt for prompt in prompts if prompt.verifier]
     if not graded_prompts:
         return {}
-    batch = engine.generate(graded_prompts, step=0, temperature=0.0, max_new_tokens=max_new_tokens)
+    own: list[tuple[str, float, int, bool]] = []
+    if mine := ranks.share(graded_prompts):
+        batch = engine.generate(mine, step=0, temperature=0.0, max_new_tokens=max_new_tokens)
+        for rollout, score in zip(batch.rollouts, grade_rollouts(batch, grade=grade, decode=decode), strict=True):
+            domain = rollout.prompt.domain or "default"
+            own.append((domain, score, len(rollout.completion_ids), not rollout.finished))
     rows: dict[str, list[tuple[float, int, bool]]] = {}
-    for rollout, score in zip(batch.rollouts, grade_rollouts(batch, grade=grade, decode=decode), strict=True):
-        domain = rollout.prompt.domain or "default"
-        rows.setdefault(domain, []).append((score, len(rollout.completion_ids), not rollout.finished))
+    for domain, score, length, cut in ranks.joined(ranks.gather(own)):
+        rows.setdefault(domain, []).append((score, length, cut))
     return {
         domain: DomainScore(
             accuracy=sum(score for score, _, _ in graded) / len(graded),

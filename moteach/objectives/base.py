@@ -22,6 +22,21 @@ _LOGITS_PER_CHUNK = 2**22
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class BatchSize:
+    """What a mean over the global batch divides by."""
+
+    tokens: int
+    """Trained tokens."""
+    sequences: int
+    """Rows with a trained token."""
+
+    @classmethod
+    def of(cls, rollouts: RolloutBatch) -> BatchSize:
+        """Counts a batch."""
+        return cls(tokens=rollouts.num_tokens, sequences=int((rollouts.loss_mask.sum(dim=1) > 0).sum()))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Scored:
     """Rollouts with everything that is known about them before the student's forward."""
 
@@ -51,9 +66,17 @@ class Scored:
     """What was measured on these tokens, when something needed it; spares the objective a second look."""
 
     @classmethod
-    def of(cls, rollouts: RolloutBatch, routing: Routing, evidence: Evidence, *, normalise: Normalise) -> Scored:
-        """Weights the tokens by the normalisation and nothing else."""
-        weights = token_weights(rollouts, normalise)
+    def of(
+        cls,
+        rollouts: RolloutBatch,
+        routing: Routing,
+        evidence: Evidence,
+        *,
+        normalise: Normalise,
+        size: BatchSize | None = None,
+    ) -> Scored:
+        """Weights the tokens by the normalisation and nothing else; `size` is that of the batch these rows are a part of."""
+        weights = token_weights(rollouts, normalise, size=size)
         return cls(rollouts=rollouts, routing=routing, evidence=evidence, base_weights=weights, token_weights=weights)
 
     def select(self, rows: Sequence[int]) -> Scored:
@@ -131,17 +154,24 @@ class Objective(Protocol):
         ...
 
 
-def token_weights(rollouts: RolloutBatch, normalise: Normalise) -> Float[Tensor, " packed"]:
-    """Weights that turn per-token losses into the mean that `normalise` names; they sum to one.
+def token_weights(
+    rollouts: RolloutBatch, normalise: Normalise, *, size: BatchSize | None = None
+) -> Float[Tensor, " packed"]:
+    """Weights that turn per-token losses into the mean that `normalise` names; they sum to one over the global batch.
 
     Sequences without a trained token are left out of `sequence_mean`.
+
+    Args:
+        rollouts: The rows that are here.
+        normalise: The mean.
+        size: Of the global batch; None: these rows are all of it.
     """
+    size = BatchSize.of(rollouts) if size is None else size
     rows = rollouts.token_rows
     if normalise == "token_mean":
-        return torch.full((len(rows),), 1.0 / max(len(rows), 1))
+        return torch.full((len(rows),), 1.0 / max(size.tokens, 1))
     lengths = rollouts.loss_mask.sum(dim=1)
-    sequences = int((lengths > 0).sum())
-    return 1.0 / (lengths[rows].float() * max(sequences, 1))
+    return 1.0 / (lengths[rows].float() * max(size.sequences, 1))
 
 
 def tokens_per_chunk(chunk_size: int | None, head: Head) -> int:

@@ -1,0 +1,135 @@
+"""Two ranks train the student that one process trains, hold a half of it each, and go on where the other number stopped."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch import multiprocessing
+
+from moteach.distributed import Ranks, is_sharded, local
+from moteach.sharding import shard
+from moteach.students import Student
+from moteach.testing import tiny_model, tiny_tokenizer
+
+needs_ranks = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
+
+SETTINGS = (
+    "debug=quick",
+    "eval=none",
+    "sampler.prompts_per_step=7",
+    "optim.micro_batch_size=3",
+    "checkpoint.every_steps=2",
+)
+RICH = (
+    "router=uniform",
+    "conflict=geometric",
+    "token_weights=[entropy_top]",
+    "balance=token_share",
+    "group_size=2",
+    "mix.outcome=0.3",
+    "mix.supervised=0.1",
+    "mix.reference=0.05",
+    "trace.gradient_cosine_every=2",
+)
+
+
+def train(run_dir: Path, *overrides: str, ranks: int, steps: int = 4) -> None:
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    command = [
+        sys.executable,
+        *launcher,
+        "-m",
+        "moteach",
+        "train",
+        *SETTINGS,
+        f"max_steps={steps}",
+        f"run_dir={run_dir}",
+    ]
+    done = subprocess.run([*command, *overrides], capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def metrics(run_dir: Path) -> list[dict[str, float]]:
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return [
+        {key: value for key, value in json.loads(line).items() if not key.startswith("time/") and key != "step_time"}
+        for line in lines
+    ]
+
+
+def same_student(left: Path, right: Path) -> None:
+    one, two = (load_file(run / "student" / "model.safetensors") for run in (left, right))
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-5, atol=1e-5)
+
+
+@needs_ranks
+@pytest.mark.slow
+@pytest.mark.parametrize("overrides", [(), RICH], ids=["plain", "rich"])
+def test_two_ranks_with_uneven_shares_train_what_one_process_trains(tmp_path: Path, overrides: tuple[str, ...]) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    train(one, *overrides, ranks=1)
+    train(two, *overrides, ranks=2)
+    same_student(one, two)
+    for alone, shared in zip(metrics(one), metrics(two), strict=True):
+        assert alone.keys() == shared.keys()
+        for key, value in alone.items():
+            # Adam divides by the size of the gradient, so the last bits of a sum grow from step to step
+            assert shared[key] == pytest.approx(value, rel=1e-4, abs=1e-5, nan_ok=True), key
+    for table in ("routing", "rollouts"):
+        left, right = (pd.read_parquet(run / f"{table}.parquet") for run in (one, two))
+        columns = [name for name in left.columns if name != "rollout_logprobs"]
+        assert left[columns].astype(str).equals(right[columns].astype(str))
+
+
+@needs_ranks
+@pytest.mark.slow
+@pytest.mark.parametrize(("first", "second"), [(2, 1), (1, 2), (2, 2)])
+def test_a_run_goes_on_with_another_number_of_ranks(tmp_path: Path, first: int, second: int) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    train(whole, "optim.schedule=constant", ranks=1)
+    train(broken, "optim.schedule=constant", ranks=first, steps=2)
+    (broken / "summary.json").unlink()
+    identity = json.loads((broken / "identity.json").read_text())
+    (broken / "identity.json").write_text(json.dumps(identity | {"max_steps": 4}))
+    train(broken, "optim.schedule=constant", ranks=second)
+    same_student(whole, broken)
+    assert [line["step"] for line in metrics(broken)] == [1, 2, 3, 4]
+
+
+def _hold(rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    student = Student(tiny_model(seed=3), tiny_tokenizer())
+    total = sum(parameter.numel() for parameter in student.parameters())
+    shard(student, Ranks(rank=rank, size=2))
+    held = sum(local(parameter).numel() for parameter in student.parameters())
+    sharded = all(is_sharded(parameter) for parameter in student.parameters())
+    (folder / f"{rank}.json").write_text(json.dumps([total, held, sharded]))
+    dist.destroy_process_group()
+
+
+@needs_ranks
+def test_no_rank_holds_all_parameters_between_steps(tmp_path: Path) -> None:
+    multiprocessing.spawn(_hold, args=(tmp_path,), nprocs=2)
+    parts = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+    assert all(sharded for _, _, sharded in parts)
+    assert sum(held for _, held, _ in parts) == parts[0][0]
+    assert max(held for _, held, _ in parts) <= 0.55 * parts[0][0]
+
+
+def test_shares_are_strided_and_come_back_in_order() -> None:
+    items = list(range(7))
+    shares = [Ranks(rank=rank, size=3).share(items) for rank in range(3)]
+    assert shares == [[0, 3, 6], [1, 4], [2, 5]]
+    assert Ranks(rank=0, size=3).joined(shares) == items
+    assert Ranks().share(items) == items
