@@ -7,15 +7,16 @@ from typing import Any
 from omegaconf import DictConfig
 
 from moteach.config.build import build
+from moteach.config.gates import build_gate
 from moteach.objectives.balance import Balance
 from moteach.objectives.mix import Mix, MixedObjective
 from moteach.objectives.token_weights import TokenWeighting
 
 
-def build_objective(cfg: DictConfig) -> MixedObjective:
+def build_objective(cfg: DictConfig, tokenizer: Any = None) -> MixedObjective:
     """Makes the objective with the gate, resolver and divergence it asks for, and what is mixed into it."""
     parts = {
-        "gate": build(cfg.gate, where="gate"),
+        "gate": build_gate(cfg.gate, seed=cfg.seed, tokenizer=tokenizer),
         "resolver": build(cfg.conflict, where="conflict"),
         "divergence": build(cfg.divergence, where="divergence"),
     }

@@ -17,6 +17,7 @@ from moteach.config.parts import build_balance, build_objective, build_token_wei
 from moteach.config.schema import COMPONENT_GROUPS, MULTI_GROUPS
 from moteach.errors import ConfigError, UnsupportedCombinationError, nearest
 from moteach.paths import conf_dir
+from moteach.routing.base import Gate
 from moteach.types import Support
 
 _PLAIN = (str, int, float, bool, list, dict, type(None))
@@ -177,6 +178,7 @@ def check_learning(cfg: DictConfig) -> None:
     """
     objective = build_objective(cfg)
     objective.check(cfg.support.name, cfg.support.k)
+    _check_gate(objective.teaching.gate, cfg.support.name)
     known = objective.measurable(cfg.support.name)
     readers = {f"token_weights={name}": part.needs for name, part in build_token_weights(cfg).items()}
     readers[f"balance={build_balance(cfg).name}"] = build_balance(cfg).needs
@@ -195,6 +197,15 @@ def check_learning(cfg: DictConfig) -> None:
         raise ConfigError(
             f"mix.outcome={cfg.mix.outcome} needs group_size of at least 2, got {cfg.group_size}; a completion's advantage is "
             "relative to others of its prompt, and alone it is always zero"
+        )
+
+
+def _check_gate(gate: Gate, support: Support) -> None:
+    """Refuses a gate that reads what the teachers do not send."""
+    if support not in gate.supports:
+        raise UnsupportedCombinationError(
+            f"gate={type(gate).__name__} reads whole distributions of the teachers, got support={support}; it could not "
+            f"compare them. Choose support={'|'.join(sorted(gate.supports))}, or gate=prompt"
         )
 
 

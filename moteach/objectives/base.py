@@ -43,6 +43,8 @@ class Scored:
     """Advantages of the written tokens for what they lead to, made from the statistics of the whole batch."""
     stats: Mapping[str, Float[Tensor, " packed"]] | None = None
     """What was measured on these tokens, when something needed it; spares the objective a second look."""
+    gate_weights: Float[Tensor, "packed teacher"] | None = None
+    """What a token gate decided, a column for each teacher of the routing; constants of the loss."""
 
     @classmethod
     def of(cls, rollouts: RolloutBatch, routing: Routing, evidence: Evidence, *, normalise: Normalise) -> Scored:
@@ -68,6 +70,7 @@ class Scored:
             proximal_logprobs=cut(self.proximal_logprobs),
             credit=cut(self.credit),
             reference=None if self.reference is None else self.reference.select(kept),
+            gate_weights=cut(self.gate_weights),
             stats=None if self.stats is None else {name: values[kept] for name, values in self.stats.items()},
         )
 

@@ -67,6 +67,11 @@ class MixedObjective:
         self.normalise: Normalise = main.normalise
 
     @property
+    def teaching(self) -> Any:
+        """Gate and resolver of the teachers' objective."""
+        return getattr(self.main, "teaching", None)
+
+    @property
     def needs_proximal(self) -> bool:
         """Whether the teachers' objective reads the proximal policy."""
         return bool(getattr(self.main, "needs_proximal", False))

@@ -17,6 +17,7 @@ from moteach.divergences.measure import OF_TOP1, OF_TOPK, measure
 from moteach.errors import RoutingError
 from moteach.objectives.base import Scored, gate_columns
 from moteach.routing.base import Gate
+from moteach.routing.context import GateContext
 from moteach.types import Evidence, Head, TeacherEvidence
 
 FULL_STATS = frozenset(
@@ -58,7 +59,10 @@ class Teaching:
         Raises:
             RoutingError: The gate gives weight to a teacher that was not asked.
         """
-        return gate_columns(self.gate.weights(scored.rollouts, scored.routing), scored.routing, scored.evidence)
+        weights = scored.gate_weights
+        if weights is None:
+            weights = self.gate.weights(GateContext(rollouts=scored.rollouts, routing=scored.routing))
+        return gate_columns(weights, scored.routing, scored.evidence)
 
     def taught(self, scored: Scored) -> Bool[Tensor, " packed"]:
         """True for the tokens to which some teacher has weight."""
