@@ -177,7 +177,16 @@ class Trainer:
         if self.mix.reference > 0 and self.reference is not None:
             said = self.reference.score(rollouts, support="full")
             scored = replace(scored, reference=Evidence(teachers=(said,), num_tokens=rollouts.num_tokens))
-        return scored
+        return self.with_references(scored)
+
+    def with_references(self, scored: Scored) -> Scored:
+        """Adds what the checkpoints that the teachers were trained from say, where gate or resolver compare with them."""
+        if "references" not in self.learner.objective.needs:
+            return scored
+        said = self.teachers.score_references(
+            scored.rollouts, scored.routing, support=self.settings.support, k=self.settings.k
+        )
+        return replace(scored, references=said)
 
     def optimize(self, step: int, scored: Scored) -> LossOutput:
         """Takes one optimizer step, micro-batch by micro-batch; the gradients add up exactly.
@@ -215,7 +224,9 @@ class Trainer:
         rollouts = self.engine.generate(prompts, step=self.settings.max_steps)
         routing = self.router.route([rollout.prompt for rollout in rollouts.rollouts], rollouts)
         evidence = self.teachers.score(rollouts, routing, support=self.settings.support, k=self.settings.k)
-        scored = Scored.of(rollouts, routing, evidence, normalise=self.learner.objective.normalise)
+        scored = self.with_references(
+            Scored.of(rollouts, routing, evidence, normalise=self.learner.objective.normalise)
+        )
         found = token_metrics(rollouts, self.learner.loss(scored, weigh=False).token_stats)
         domains = {key.partition("/")[2]: value for key, value in found.items() if key.startswith("divergence/")}
         return {"mean": found["divergence"], **domains}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,16 @@ def check_teachers(experts: Sequence[ExpertSpec], student: Student, teachers: Te
         teacher = teachers.get(expert.name)
         loaded = teacher if isinstance(teacher, HFTeacher | LoRATeacher) else None
         check(expert, student.model, student.tokenizer, [], teacher=loaded).raise_if_failed()
+
+
+def check_references(needs: Collection[str], experts: Sequence[ExpertSpec], teachers: TeacherPool) -> None:
+    """Asks for the origin of every teacher, where the gate or the resolver compares with it.
+
+    Raises:
+        ConfigError: A card does not name it.
+    """
+    if "references" in needs:
+        teachers.references.require([expert.name for expert in experts])
 
 
 def drawn_prompts(prompts: PromptSet, shares: Mapping[str, float]) -> list[Prompt]:

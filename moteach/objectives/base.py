@@ -39,6 +39,8 @@ class Scored:
     """Logprobs of the written tokens under the student at the beginning of the step, when the step has several updates."""
     reference: Evidence | None = None
     """What the reference model says (support `full`), when the student is held near to one."""
+    references: Evidence | None = None
+    """What the checkpoints that the teachers were trained from say, under the teachers' names, when something needs it."""
     credit: Float[Tensor, " packed"] | None = None
     """Advantages of the written tokens for what they lead to, made from the statistics of the whole batch."""
     stats: Mapping[str, Float[Tensor, " packed"]] | None = None
@@ -71,6 +73,7 @@ class Scored:
             credit=cut(self.credit),
             reference=None if self.reference is None else self.reference.select(kept),
             gate_weights=cut(self.gate_weights),
+            references=None if self.references is None else self.references.select(kept),
             stats=None if self.stats is None else {name: values[kept] for name, values in self.stats.items()},
         )
 
@@ -86,6 +89,11 @@ class Objective(Protocol):
     supports: frozenset[Support]
     """Kinds of evidence this objective is defined on."""
     normalise: Normalise
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What its gate and resolver need beside the teachers: `references` and `student_logprobs` are known."""
+        ...
 
     def check(self, support: Support, k: int | None) -> None:
         """Refuses, before anything runs, what is not defined on this evidence.

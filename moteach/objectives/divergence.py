@@ -69,6 +69,11 @@ class DivergenceObjective:
         self.discount = discount
         self.sequence_penalty = float(getattr(resolver, "sequence_penalty", 0.0))
 
+    @property
+    def needs(self) -> frozenset[str]:
+        """What its gate and resolver need beside the teachers."""
+        return self.teaching.needs
+
     def check(self, support: Support, k: int | None) -> None:
         """Nothing more to refuse: whole distributions allow everything."""
 

@@ -48,7 +48,7 @@ class Gating:
             evidence=scored.evidence,
             student_hidden=hidden.detach(),
             student_head=detached,
-            references=getattr(scored, "references", None),
+            references=scored.references,
             chunk_size=tokens_per_chunk(None, head),
         )
 

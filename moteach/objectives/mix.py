@@ -72,6 +72,11 @@ class MixedObjective:
         return getattr(self.main, "teaching", None)
 
     @property
+    def needs(self) -> frozenset[str]:
+        """What the teachers' objective needs beside the teachers."""
+        return self.main.needs
+
+    @property
     def needs_proximal(self) -> bool:
         """Whether the teachers' objective reads the proximal policy."""
         return bool(getattr(self.main, "needs_proximal", False))

@@ -135,6 +135,11 @@ class PolicyGradientObjective:
         """Whether `Scored.proximal_logprobs` is read when a step has several updates."""
         return self.ppo_clip is not None
 
+    @property
+    def needs(self) -> frozenset[str]:
+        """What its gate and resolver need beside the teachers."""
+        return self.teaching.needs
+
     def check(self, support: Support, k: int | None) -> None:
         """Refuses what needs whole distributions where only the written token is known.
 

@@ -60,6 +60,11 @@ class SampledLossObjective:
         self.ratio_high = ratio_high
         self.chunk_size = chunk_size
 
+    @property
+    def needs(self) -> frozenset[str]:
+        """What its gate and resolver need beside the teachers."""
+        return self.teaching.needs
+
     def check(self, support: Support, k: int | None) -> None:
         """Nothing more to refuse."""
 

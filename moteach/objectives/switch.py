@@ -116,6 +116,11 @@ class SwitchObjective:
         """Whether the main loss adds the outcome's advantage by itself."""
         return isinstance(self._main, PolicyGradientObjective)
 
+    @property
+    def needs(self) -> frozenset[str]:
+        """What its gate and resolver need beside the teachers."""
+        return self.teaching.needs
+
     def check(self, support: Support, k: int | None) -> None:
         """Nothing more to refuse: whole distributions allow everything."""
 

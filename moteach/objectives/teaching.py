@@ -53,6 +53,12 @@ class Teaching:
     gate: Gate
     resolver: Resolver
 
+    @property
+    def needs(self) -> frozenset[str]:
+        """What the gate and the resolver need beside the teachers; `references` where one of them compares with origins."""
+        needs = self.resolver.needs | frozenset(getattr(self.gate, "needs", frozenset()))
+        return needs | {"references"} if "reference_logprobs" in needs else needs
+
     def weights(self, scored: Scored) -> Float[Tensor, "packed scored_teacher"]:
         """Weights of the teachers that scored something, at each token.
 

@@ -70,6 +70,11 @@ class TopKObjective:
         self.student_temperature = student_temperature
         self.teacher_temperature = teacher_temperature
 
+    @property
+    def needs(self) -> frozenset[str]:
+        """What its gate and resolver need beside the teachers."""
+        return self.teaching.needs
+
     def check(self, support: Support, k: int | None) -> None:
         """Refuses what a teacher's own top-k cannot answer.
 

@@ -14,6 +14,7 @@ from moteach.errors import ConfigError, RoutingError, UnknownChoiceError, Unsupp
 from moteach.teachers.base import Teacher
 from moteach.teachers.hf import HFTeacher
 from moteach.teachers.lora import AdapterStore, LoRATeacher
+from moteach.teachers.references import References
 from moteach.teachers.scoring import dead
 from moteach.teachers.store import ModelStore
 from moteach.types import Evidence, RolloutBatch, Routing, Support, TeacherEvidence
@@ -27,16 +28,18 @@ class TeacherPool:
 
     Args:
         teachers: The teachers of the run.
+        references: The checkpoints they were trained from, for gates and resolvers that compare with them.
 
     Raises:
         ConfigError: Two teachers have the same name, or there is none.
     """
 
-    def __init__(self, teachers: Sequence[Teacher]) -> None:
+    def __init__(self, teachers: Sequence[Teacher], *, references: References | None = None) -> None:
         names = [teacher.teacher_id for teacher in teachers]
         if not names or len(set(names)) != len(names):
             raise ConfigError(f"expected at least one teacher, each with a name of its own, got {names}")
         self._teachers = {teacher.teacher_id: teacher for teacher in teachers}
+        self.references = References({}) if references is None else references
 
     @classmethod
     def from_experts(
@@ -48,15 +51,20 @@ class TeacherPool:
         max_resident: int | None = None,
         device: str = "cpu",
     ) -> TeacherPool:
-        """Builds the pool of a run's experts, see `build_teachers`."""
+        """Builds the pool of a run's experts with the checkpoints they were trained from, see `build_teachers`."""
+        store = ModelStore(max_resident=max_resident, device=device)
+        specs = list(experts.values())
         return cls(
             build_teachers(
-                list(experts.values()),
+                specs,
                 max_tokens_per_forward=max_tokens_per_forward,
                 vocab_size=vocab_size,
-                max_resident=max_resident,
+                store=store,
                 device=device,
-            )
+            ),
+            references=References.from_experts(
+                specs, store=store, max_tokens_per_forward=max_tokens_per_forward, vocab_size=vocab_size
+            ),
         )
 
     @property
@@ -108,6 +116,12 @@ class TeacherPool:
                 found.append(self._ask(self.get(teacher_id), rollouts.select(rows.tolist()), tokens, support, k))
         return Evidence(teachers=tuple(found), num_tokens=rollouts.num_tokens)
 
+    def score_references(
+        self, rollouts: RolloutBatch, routing: Routing, *, support: Support, k: int | None = None
+    ) -> Evidence:
+        """Asks the checkpoint each teacher was trained from about that teacher's rows, see `References.score`."""
+        return self.references.score(rollouts, routing, support=support, k=k)
+
     def _ask(
         self, teacher: Teacher, part: RolloutBatch, tokens: Int[Tensor, " scored"], support: Support, k: int | None
     ) -> TeacherEvidence:
@@ -135,6 +149,7 @@ def build_teachers(
     chunk_size: int = 1024,
     vocab_size: int | None = None,
     max_resident: int | None = None,
+    store: ModelStore | None = None,
     device: str = "cpu",
 ) -> list[HFTeacher | LoRATeacher]:
     """Builds in-process teachers for experts; weights load on first use, and equal checkpoints load once.
@@ -145,12 +160,14 @@ def build_teachers(
         chunk_size: Tokens whose logits exist at once.
         vocab_size: Size of the student's head, see `HFTeacher`.
         max_resident: How many whole models stay loaded; None keeps all.
+        store: Where whole models are kept, instead of a store of their own with `max_resident` places.
         device: A torch device, or `auto`.
 
     Raises:
         ConfigError: A size is not positive.
     """
-    models, adapters = ModelStore(max_resident=max_resident, device=device), AdapterStore(device=device)
+    models = ModelStore(max_resident=max_resident, device=device) if store is None else store
+    adapters = AdapterStore(device=device)
     teachers: list[HFTeacher | LoRATeacher] = []
     for spec in experts:
         if spec.adapter is not None and spec.base is not None:
