@@ -18,6 +18,8 @@ from moteach.errors import ConfigError, TrainingError
 from moteach.learner import Learner
 from moteach.objectives.balance import balance_metrics
 from moteach.objectives.base import Scored, token_weights
+from moteach.objectives.gating import gate_metrics, trace_of
+from moteach.objectives.lessons import GateLessons
 from moteach.objectives.metrics import rollout_metrics, teacher_metrics, token_metrics
 from moteach.objectives.mix import Mix, outcome_advantages
 from moteach.rollouts.base import RolloutEngine
@@ -112,6 +114,8 @@ class Trainer:
     """The model the student is held near to, with `mix.reference`."""
     answers: Callable[[Sequence[Prompt]], RolloutBatch | None] | None = None
     """Writes the prompts' own answers as completions, with `mix.supervised`."""
+    lessons: GateLessons | None = None
+    """What a gate that learns is taught with."""
     identity: Mapping[str, Any] = field(default_factory=dict)
     """What must be the same on resume; saved with every checkpoint."""
     watch: Stopwatch = field(default_factory=Stopwatch)
@@ -166,8 +170,16 @@ class Trainer:
             part = scored if count == 1 else self._share(scored, rows)
             outputs.append(self.optimize(step, part))
             places.append(scored.kept(rows))
+        if self.lessons is not None:
+            split = self.learner.micro_batches
+            metrics |= self.lessons.teach(self.student, scored, rewards, ask=self.ask, micro_batches=split)
         joined = _joined(outputs, places)
         return replace(joined, metrics={**joined.metrics, **metrics})
+
+    def ask(self, rollouts: RolloutBatch) -> tuple[Routing, Evidence]:
+        """Routes and scores completions."""
+        routing = self.router.route([rollout.prompt for rollout in rollouts.rollouts], rollouts)
+        return routing, self.teachers.score(rollouts, routing, support=self.settings.support, k=self.settings.k)
 
     def scored(self, rollouts: RolloutBatch, routing: Routing, evidence: Evidence, rewards: Sequence[float]) -> Scored:
         """Joins what the teachers said with what is mixed into their loss."""
@@ -222,8 +234,7 @@ class Trainer:
             Nats per token under `mean` and under each domain.
         """
         rollouts = self.engine.generate(prompts, step=self.settings.max_steps)
-        routing = self.router.route([rollout.prompt for rollout in rollouts.rollouts], rollouts)
-        evidence = self.teachers.score(rollouts, routing, support=self.settings.support, k=self.settings.k)
+        routing, evidence = self.ask(rollouts)
         scored = self.with_references(
             Scored.of(rollouts, routing, evidence, normalise=self.learner.objective.normalise)
         )
@@ -255,6 +266,7 @@ class Trainer:
                 **of_tokens,
                 **rollout_metrics(rollouts, rewards),
                 **routing_metrics(routing),
+                **gate_metrics(rollouts, routing, output.token_stats),
                 **teacher_metrics(evidence),
                 **self.sampler.metrics(),
                 **output.metrics,
@@ -262,7 +274,7 @@ class Trainer:
             if "weight" in output.token_stats:
                 before = token_weights(rollouts, self.learner.objective.normalise)
                 metrics |= balance_metrics(rollouts, output.token_stats, before, output.token_stats["weight"])
-            self.traces.record(step, rollouts, routing, rewards)
+            self.traces.record(step, rollouts, routing, rewards, trace_of(output.token_stats, routing))
         metrics.update(self.watch.lap())
         for tracker in self.trackers:
             tracker.log(step, metrics)
@@ -289,6 +301,9 @@ class Trainer:
             "optimizer": buffers,
             "rng": {"torch": torch.get_rng_state()},
         }
+        if self.lessons is not None:
+            state["gate"] = self.lessons.gate.state_dict()
+            tensors["gate"] = self.lessons.gate.tensors()
         self.checkpoints.save(step, tensors=tensors, state=state)
 
     def resume(self, step: int) -> None:
@@ -300,6 +315,8 @@ class Trainer:
         self.sampler.load_state_dict(state["sampler"])
         self.router.load_state_dict(state["router"])
         self.learner.balance.load_state_dict(state["balance"])
+        if self.lessons is not None:
+            self.lessons.gate.load_state_dict(state["gate"], tensors.get("gate", {}))
 
 
 def _joined(outputs: Sequence[LossOutput], places: Sequence[Tensor]) -> LossOutput:

@@ -28,7 +28,7 @@ from moteach.config.checks import (
     check_teachers,
     drawn_prompts,
 )
-from moteach.config.parts import build_balance, build_mix, build_objective, build_token_weights
+from moteach.config.parts import build_balance, build_lessons, build_mix, build_objective, build_token_weights
 from moteach.config.schema import IGNORED_ON_RESUME
 from moteach.data.base import DEFAULT_DOMAIN, PromptSet, check_disjoint, domain_of, fingerprint, rows_by_domain
 from moteach.errors import ConfigError, nearest
@@ -81,6 +81,7 @@ def assemble(cfg: DictConfig, *, trackers: Sequence[Tracker] = ()) -> Job:
     tokenizer = load_tokenizer(cfg.student.model, revision=cfg.student.revision)
     prompts: PromptSet = build(cfg.data, where="data").load(tokenizer, verifiers=VERIFIERS)
     check_disjoint(prompts)
+    objective = build_objective(cfg, tokenizer)
     student = Student.from_pretrained(
         cfg.student.model,
         revision=cfg.student.revision,
@@ -92,7 +93,7 @@ def assemble(cfg: DictConfig, *, trackers: Sequence[Tracker] = ()) -> Job:
         settings=_settings(cfg),
         learner=Learner(
             student=student,
-            objective=build_objective(cfg, tokenizer),
+            objective=objective,
             token_weights=tuple(build_token_weights(cfg, tokenizer).values()),
             balance=build_balance(cfg),
             micro_batch_size=cfg.optim.micro_batch_size,
@@ -113,12 +114,15 @@ def assemble(cfg: DictConfig, *, trackers: Sequence[Tracker] = ()) -> Job:
             weight_decay=cfg.optim.weight_decay,
         ),
         trackers=[*(build(cfg.tracker[name], where=f"tracker.{name}") for name in cfg.tracker), *trackers],
-        traces=Traces(run_dir, decode=decoder(tokenizer), completions=cfg.trace.completions),
+        traces=Traces(
+            run_dir, decode=decoder(tokenizer), completions=cfg.trace.completions, tokens=bool(cfg.gate.get("trace"))
+        ),
         checkpoints=Checkpoints(run_dir / "checkpoints", keep_last=cfg.checkpoint.keep_last),
         grade=partial(grade_rollouts, grade=grade_prompt, decode=decoder(tokenizer)),
         mix=build_mix(cfg),
         reference=_reference(cfg, vocab_size=student.vocab_size),
         answers=Answers(tokenizer) if cfg.mix.supervised > 0 else None,
+        lessons=build_lessons(objective, Answers(tokenizer)),
         identity=identity_of(cfg, experts, prompts),
     )
     job = Job(cfg=cfg, run_dir=run_dir, trainer=trainer, prompts=prompts, experts=experts, tokenizer=tokenizer)

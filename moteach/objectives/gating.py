@@ -12,7 +12,8 @@ from torch import Tensor
 from moteach.objectives.base import Scored, tokens_per_chunk
 from moteach.routing.base import Gate
 from moteach.routing.context import GateContext
-from moteach.types import Head, Routing
+from moteach.tracking.token_rows import TokenTrace
+from moteach.types import Head, RolloutBatch, Routing
 
 WEIGHT = "gate_weight/"
 """Before a teacher's name: its weight at each token."""
@@ -70,3 +71,37 @@ def columns_of(
     """Puts per-token values back side by side, in the order of the routing's teachers; None where there are none."""
     names = [f"{prefix}{name}" for name in routing.teacher_ids]
     return torch.stack([stats[name] for name in names], dim=1) if names and names[0] in stats else None
+
+
+def trace_of(stats: Mapping[str, Float[Tensor, " packed"]], routing: Routing) -> TokenTrace | None:
+    """What `gate.trace` writes of a step; None without it, or where no step was taken."""
+    weights, logprobs = (columns_of(stats, routing, prefix) for prefix in (WEIGHT, LOGPROB))
+    return None if weights is None or logprobs is None else TokenTrace(weights=weights, logprobs=logprobs)
+
+
+def gate_metrics(
+    rollouts: RolloutBatch, routing: Routing, stats: Mapping[str, Float[Tensor, " packed"]]
+) -> dict[str, float]:
+    """Summarises what a token gate decided in a step.
+
+    Returns:
+        `routing/switch_rate`: share of the pairs of neighbouring taught tokens of a completion whose heaviest teacher differs
+        (0 where the router's weights are repeated); for a gate that decides, also `routing/gate_entropy` (mean over the taught
+        tokens, nats), `routing/gate_load/<expert>` (mean weight over all tokens) and `routing/gate_abstain` (share of tokens
+        that a teacher was let through for and that nobody teaches).
+    """
+    weights = columns_of(stats, routing, WEIGHT)
+    if weights is None or not len(weights):
+        return {"routing/switch_rate": 0.0}
+    weights = weights.double()
+    taught, chosen, rows = weights.sum(dim=1) > 0, weights.argmax(dim=1), rollouts.token_rows
+    pairs = taught[1:] & taught[:-1] & (rows[1:] == rows[:-1])
+    let_through = routing.weights[rows].sum(dim=1) > 0
+    entropy = -torch.xlogy(weights, weights).sum(dim=1)[taught]
+    load = weights.mean(dim=0)
+    return {
+        "routing/switch_rate": float((chosen[1:] != chosen[:-1])[pairs].double().sum() / max(int(pairs.sum()), 1)),
+        "routing/gate_entropy": float(entropy.sum() / max(len(entropy), 1)),
+        "routing/gate_abstain": float((let_through & ~taught).double().sum() / max(int(let_through.sum()), 1)),
+        **{f"routing/gate_load/{name}": float(load[column]) for column, name in enumerate(routing.teacher_ids)},
+    }
