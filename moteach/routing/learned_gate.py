@@ -85,7 +85,7 @@ class LearnedGate:
         *,
         source: Source = "both",
         hidden: int = 64,
-        lr: float = 3e-3,
+        lr: float = 1e-2,
         exploration: float = 0.02,
         entropy_bonus: float = 0.0,
         hard: bool = False,
