@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from moteach.distributed import Ranks
-from moteach.types import Evidence, Rollout, RolloutBatch, Routing, Support, TeacherEvidence
+from moteach.types import Evidence, LossOutput, Rollout, RolloutBatch, Routing, Support, TeacherEvidence
 
 Stats = Mapping[str, Float[Tensor, " packed"]]
 
@@ -131,3 +131,19 @@ def _evidence(
             tokens = scored[order].nonzero(as_tuple=True)[0]
             entries.append(TeacherEvidence(teacher_id=name, support=support, tokens=tokens))
     return Evidence(teachers=tuple(entries), num_tokens=sum(counts))
+
+
+def join_outputs(outputs: Sequence[LossOutput], places: Sequence[Tensor]) -> LossOutput:
+    """Means of the updates' losses and metrics, and their per-token values in the packed order of the whole batch."""
+    stats: dict[str, Tensor] = {}
+    for output, kept in zip(outputs, places, strict=True):
+        for name, values in output.token_stats.items():
+            stats.setdefault(name, values.new_zeros(len(kept)))[kept] = values
+    names = dict.fromkeys(name for output in outputs for name in output.metrics)
+    found = {name: [output.metrics[name] for output in outputs if name in output.metrics] for name in names}
+    return LossOutput(
+        loss=torch.stack([output.loss for output in outputs]).mean(),
+        denominator=1.0,
+        token_stats=stats,
+        metrics={name: sum(values) / len(values) for name, values in found.items()},
+    )

@@ -22,6 +22,7 @@ from moteach.gathering import join_stats
 from moteach.objectives.balance import Balance, NoBalance, apply_balance
 from moteach.objectives.base import BatchSize, Objective, Scored, token_weights, tokens_per_chunk
 from moteach.objectives.by_teacher import OwnGradients, joined, shares
+from moteach.objectives.gating import WEIGHT, Gating, columns_of
 from moteach.objectives.mix import supervised_loss
 from moteach.objectives.teaching import teaching_of
 from moteach.objectives.token_weights import TokenWeighting, apply_token_weights
@@ -84,7 +85,9 @@ class Learner:
         weigh = weigh and self.weighs
         metrics: dict[str, float] = {}
         if weigh and (len(parts) > 1 or self.ranks.size > 1):
-            scored, metrics = self._weighed(scored, self._measured(scored))
+            measured = self._measured(scored)
+            scored, metrics = self._weighed(scored, measured)
+            scored = replace(scored, gate_weights=columns_of(measured, scored.routing, WEIGHT))
             weigh = False
         total = torch.zeros(())
         stats: dict[str, Tensor] = {}
@@ -214,6 +217,10 @@ class Learner:
 
     def _term(self, hidden: Float[Tensor, "packed hidden"], head: Head, *, scored: Scored, weigh: bool) -> LossOutput:
         metrics: dict[str, float] = {}
+        decided: dict[str, Tensor] = {}
+        if (gating := Gating.of(self.objective)) is not None:
+            scored = gating.decide(hidden, head, scored)
+            decided = gating.stats(hidden, head, scored)
         if weigh:
             stats = self._look(hidden, head, scored) if self.wanted else self._known(scored)
             scored, metrics = self._weighed(scored, stats)
@@ -223,7 +230,7 @@ class Learner:
         between = {
             name: scored.stats[name] for name in OF_TEACHERS if scored.stats is not None and name in scored.stats
         }
-        stats = {**between, **output.token_stats, "weight": scored.token_weights}
+        stats = {**between, **output.token_stats, **decided, "weight": scored.token_weights}
         return replace(output, token_stats=stats, metrics={**output.metrics, **metrics})
 
     def _look(self, hidden: Tensor, head: Head, scored: Scored) -> dict[str, Tensor]:
@@ -235,11 +242,16 @@ class Learner:
 
     def _measured(self, scored: Scored) -> dict[str, Tensor]:
         """Measures a batch that does not fit into one micro-batch."""
-        if not self.wanted:
+        gating = Gating.of(self.objective)
+        if not self.wanted and gating is None:
             return self._known(scored)
 
         def look(hidden: Tensor, head: Head, *, part: Scored) -> LossOutput:
-            found = self._look(hidden, head, part)
+            decided: dict[str, Tensor] = {}
+            if gating is not None:
+                part = gating.decide(hidden, head, part)
+                decided = gating.stats(hidden, head, part)
+            found = {**(self._look(hidden, head, part) if self.wanted else self._known(part)), **decided}
             return LossOutput(loss=torch.zeros(()), denominator=1.0, token_stats=found)
 
         with torch.no_grad():

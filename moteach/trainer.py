@@ -18,13 +18,16 @@ from moteach.checkpoint import (
     restore_tensors,
     trained_tensors,
 )
-from moteach.data.sampling import Sampler, StepFeedback
+from moteach.data.feedback import feedback_of
+from moteach.data.sampling import Sampler
 from moteach.distributed import Ranks, full
 from moteach.errors import TrainingError
-from moteach.gathering import Whole, gather_whole
+from moteach.gathering import Whole, gather_whole, join_outputs
 from moteach.learner import Learner
 from moteach.objectives.balance import balance_metrics
 from moteach.objectives.base import Scored, token_weights
+from moteach.objectives.gating import gate_metrics, trace_of
+from moteach.objectives.lessons import GateLessons
 from moteach.objectives.metrics import rollout_metrics, teacher_metrics, token_metrics
 from moteach.objectives.mix import Mix, outcome_advantages
 from moteach.rollouts.base import RolloutEngine
@@ -68,6 +71,8 @@ class Trainer:
     """The model the student is held near to, with `mix.reference`; also what shifts are added to."""
     answers: Callable[[Sequence[Prompt]], RolloutBatch | None] | None = None
     """Writes the prompts' own answers as completions, with `mix.supervised`."""
+    lessons: GateLessons | None = None
+    """What a gate that learns is taught with."""
     identity: Mapping[str, Any] = field(default_factory=dict)
     """What must be the same on resume; saved with every checkpoint."""
     watch: Stopwatch = field(default_factory=Stopwatch)
@@ -128,8 +133,16 @@ class Trainer:
             part = scored if count == 1 else self._share(scored, rows)
             outputs.append(self.optimize(step, part))
             places.append(scored.kept(rows))
-        joined = _joined(outputs, places)
+        if self.lessons is not None:
+            split = self.learner.micro_batches
+            metrics |= self.lessons.teach(self.student, scored, rewards, ask=self.ask, micro_batches=split)
+        joined = join_outputs(outputs, places)
         return replace(joined, metrics={**joined.metrics, **metrics})
+
+    def ask(self, rollouts: RolloutBatch) -> tuple[Routing, Evidence]:
+        """Routes and scores completions."""
+        routing = self.router.route([rollout.prompt for rollout in rollouts.rollouts], rollouts)
+        return routing, self.teachers.score(rollouts, routing, support=self.settings.support, k=self.settings.k)
 
     def scored(self, rollouts: RolloutBatch, routing: Routing, evidence: Evidence, rewards: Sequence[float]) -> Scored:
         """Joins what the teachers said with what is mixed into their loss."""
@@ -200,8 +213,7 @@ class Trainer:
         """
         with whole(self.student):
             rollouts = self.engine.generate(self.ranks.share(prompts), step=self.settings.max_steps)
-        routing = self.router.route([rollout.prompt for rollout in rollouts.rollouts], rollouts)
-        evidence = self.teachers.score(rollouts, routing, support=self.settings.support, k=self.settings.k)
+        routing, evidence = self.ask(rollouts)
         scored = self.with_references(self.unmixed(rollouts, routing, evidence))
         stats = self.learner.loss(scored, weigh=False).token_stats
         seen = self.gathered(rollouts, routing, evidence, [math.nan] * len(rollouts), stats, group_size=1)
@@ -229,7 +241,7 @@ class Trainer:
         with self.watch("record"):
             seen = self.gathered(rollouts, routing, evidence, rewards, output.token_stats)
             of_tokens = token_metrics(seen.rollouts, seen.stats)
-            self.sampler.observe(_feedback(step, seen.rollouts, seen.rewards, of_tokens))
+            self.sampler.observe(feedback_of(step, seen.rollouts, seen.rewards, of_tokens))
             if isinstance(self.router, ObservingRouter):
                 self.router.observe(
                     RoutingFeedback(
@@ -241,6 +253,7 @@ class Trainer:
                 **of_tokens,
                 **rollout_metrics(seen.rollouts, seen.rewards),
                 **routing_metrics(seen.routing),
+                **gate_metrics(seen.rollouts, seen.routing, seen.stats),
                 **teacher_metrics(seen.evidence),
                 **self.sampler.metrics(),
                 **output.metrics,
@@ -249,7 +262,7 @@ class Trainer:
                 before = token_weights(seen.rollouts, self.learner.objective.normalise)
                 metrics |= balance_metrics(seen.rollouts, seen.stats, before, seen.stats["weight"])
             if self.ranks.is_first:
-                self.traces.record(step, seen.rollouts, seen.routing, seen.rewards)
+                self.traces.record(step, seen.rollouts, seen.routing, seen.rewards, trace_of(seen.stats, seen.routing))
         metrics.update(self.watch.lap())
         for tracker in self.trackers:
             tracker.log(step, metrics)
@@ -298,6 +311,9 @@ class Trainer:
             "optimizer": buffers,
             "rng": {"torch": torch.get_rng_state()},
         }
+        if self.lessons is not None:
+            state["gate"] = self.lessons.gate.state_dict()
+            tensors["gate"] = self.lessons.gate.tensors()
         self.checkpoints.save(step, tensors=tensors, state=state)
 
     def resume(self, step: int) -> None:
@@ -313,31 +329,5 @@ class Trainer:
         self.sampler.load_state_dict(state["sampler"])
         self.router.load_state_dict(state["router"])
         self.learner.balance.load_state_dict(state["balance"])
-
-
-def _joined(outputs: Sequence[LossOutput], places: Sequence[Tensor]) -> LossOutput:
-    """Means of the updates' losses and metrics, and their per-token values in the packed order of the whole batch."""
-    stats: dict[str, Tensor] = {}
-    for output, kept in zip(outputs, places, strict=True):
-        for name, values in output.token_stats.items():
-            stats.setdefault(name, values.new_zeros(len(kept)))[kept] = values
-    names = dict.fromkeys(name for output in outputs for name in output.metrics)
-    found = {name: [output.metrics[name] for output in outputs if name in output.metrics] for name in names}
-    return LossOutput(
-        loss=torch.stack([output.loss for output in outputs]).mean(),
-        denominator=1.0,
-        token_stats=stats,
-        metrics={name: sum(values) / len(values) for name, values in found.items()},
-    )
-
-
-def _feedback(
-    step: int, rollouts: RolloutBatch, rewards: Sequence[float], metrics: Mapping[str, float]
-) -> StepFeedback:
-    """What a sampler learns from a step."""
-    graded: dict[str, list[float]] = {}
-    for rollout, reward in zip(rollouts.rollouts, rewards, strict=True):
-        if not math.isnan(reward):
-            graded.setdefault(rollout.prompt.prompt_id, []).append(reward)
-    divergence = {name.partition("/")[2]: value for name, value in metrics.items() if name.startswith("divergence/")}
-    return StepFeedback(step=step, divergence=divergence, rewards=graded)
+        if self.lessons is not None:
+            self.lessons.gate.load_state_dict(state["gate"], tensors.get("gate", {}))

@@ -1,4 +1,4 @@
-"""`moteach route fit | explain | eval`: learn a router, say why a prompt goes where, compare its routes with labels."""
+"""`moteach route fit | explain | eval`: learn a router, say why a prompt or token goes where, compare routes with labels."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from rich.table import Table
 
 from moteach.catalogue.spec import ExpertSpec
 from moteach.cli.app import quiet_libraries, run_app
+from moteach.cli.route_tokens import show
 from moteach.errors import ConfigError, nearest
 
 _ACTIONS = ("fit", "explain", "eval")
 
 
 def run(argv: Sequence[str]) -> None:
-    """Runs `moteach route ACTION` with Hydra's overrides; `explain` takes the text of a prompt first.
+    """Runs `moteach route ACTION` with Hydra's overrides; `explain` takes the text of a prompt first, or `run=DIR`.
 
     Raises:
         ConfigError: The action is none of them, or `explain` has no text.
@@ -33,9 +34,11 @@ def run(argv: Sequence[str]) -> None:
         raise ConfigError(f"expected an action, got {given}; {nearest(given, _ACTIONS)}")
     action, rest = argv[0], list(argv[1:])
     command = f"moteach route {shlex.join(argv)}"
-    if action == "explain":
+    if action == "explain" and any(word.startswith("run=") for word in rest):
+        run_app("route", rest, partial(explain_tokens, command=command))
+    elif action == "explain":
         if not rest or not rest[0].strip() or rest[0].startswith("--"):
-            raise ConfigError('expected the text of a prompt, got none: moteach route explain "12+30="')
+            raise ConfigError('expected the text of a prompt, got none: moteach route explain "12+30=", or run=DIR')
         run_app("route", rest[1:], partial(explain, text=rest[0]))
     else:
         run_app("route", rest, partial(fit if action == "fit" else evaluate, command=command))
@@ -109,6 +112,17 @@ def explain(cfg: DictConfig, *, text: str) -> None:
         "rows": rows,
     }
     _write(cfg.out, report, f"moteach route explain {shlex.quote(text)}")
+
+
+def explain_tokens(cfg: DictConfig, *, command: str) -> None:
+    """Shows completions of a traced run, coloured by the teacher of each token."""
+    from moteach.config.validate import check_keys
+
+    check_keys(cfg)
+    if not cfg.nearest >= 1:
+        raise ConfigError(f"nearest: expected at least 1, got {cfg.nearest}")
+    rows = show(Path(cfg.run).expanduser(), count=cfg.nearest, console=Console())
+    _write(cfg.out, {"rows": rows}, command)
 
 
 def evaluate(cfg: DictConfig, *, command: str) -> float:

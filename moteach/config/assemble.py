@@ -29,7 +29,7 @@ from moteach.config.checks import (
     drawn_prompts,
 )
 from moteach.config.connect import check_router_needs, connect_router
-from moteach.config.parts import build_balance, build_mix, build_objective, build_token_weights
+from moteach.config.parts import build_balance, build_lessons, build_mix, build_objective, build_token_weights
 from moteach.config.schema import IGNORED_ON_RESUME
 from moteach.config.teachers import hidden_dtype_of, memory_of
 from moteach.data.base import DEFAULT_DOMAIN, PromptSet, check_disjoint, domain_of, fingerprint, rows_by_domain
@@ -88,6 +88,7 @@ def assemble(cfg: DictConfig, *, trackers: Sequence[Tracker] = (), ranks: Ranks 
     tokenizer = load_tokenizer(cfg.student.model, revision=cfg.student.revision)
     prompts: PromptSet = build(cfg.data, where="data").load(tokenizer, verifiers=VERIFIERS)
     check_disjoint(prompts)
+    objective = build_objective(cfg, tokenizer)
     student = Student.from_pretrained(
         cfg.student.model,
         revision=cfg.student.revision,
@@ -100,7 +101,7 @@ def assemble(cfg: DictConfig, *, trackers: Sequence[Tracker] = (), ranks: Ranks 
         settings=_settings(cfg),
         learner=Learner(
             student=student,
-            objective=build_objective(cfg),
+            objective=objective,
             token_weights=tuple(build_token_weights(cfg, tokenizer).values()),
             balance=build_balance(cfg),
             micro_batch_size=cfg.optim.micro_batch_size,
@@ -124,12 +125,15 @@ def assemble(cfg: DictConfig, *, trackers: Sequence[Tracker] = (), ranks: Ranks 
             weight_decay=cfg.optim.weight_decay,
         ),
         trackers=_trackers(cfg, trackers) if ranks.is_first else [],
-        traces=Traces(run_dir, decode=decoder(tokenizer), completions=cfg.trace.completions),
+        traces=Traces(
+            run_dir, decode=decoder(tokenizer), completions=cfg.trace.completions, tokens=bool(cfg.gate.get("trace"))
+        ),
         checkpoints=Checkpoints(run_dir / "checkpoints", keep_last=cfg.checkpoint.keep_last, ranks=ranks),
         grade=partial(grade_rollouts, grade=grade_prompt, decode=decoder(tokenizer)),
         mix=build_mix(cfg),
         reference=_reference(cfg, vocab_size=student.vocab_size),
         answers=Answers(tokenizer) if cfg.mix.supervised > 0 else None,
+        lessons=build_lessons(objective, Answers(tokenizer)),
         identity=identity_of(cfg, experts, prompts),
     )
     connect_router(trainer)

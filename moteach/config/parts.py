@@ -7,19 +7,29 @@ from typing import Any
 from omegaconf import DictConfig
 
 from moteach.config.build import build
+from moteach.config.gates import build_gate
+from moteach.objectives.answers import Answers
 from moteach.objectives.balance import Balance
+from moteach.objectives.lessons import GateLessons
 from moteach.objectives.mix import Mix, MixedObjective
 from moteach.objectives.token_weights import TokenWeighting
+from moteach.routing.learned_gate import learning_part
 
 
-def build_objective(cfg: DictConfig) -> MixedObjective:
+def build_objective(cfg: DictConfig, tokenizer: Any = None) -> MixedObjective:
     """Makes the objective with the gate, resolver and divergence it asks for, and what is mixed into it."""
     parts = {
-        "gate": build(cfg.gate, where="gate"),
+        "gate": build_gate(cfg.gate, seed=cfg.seed, tokenizer=tokenizer),
         "resolver": build(cfg.conflict, where="conflict"),
         "divergence": build(cfg.divergence, where="divergence"),
     }
     return MixedObjective(build(cfg.objective, where="objective", **parts), build_mix(cfg))
+
+
+def build_lessons(objective: MixedObjective, answers: Answers) -> GateLessons | None:
+    """What the gate is taught with, for one that learns."""
+    learns = learning_part(getattr(objective.teaching, "gate", None))
+    return None if learns is None else GateLessons(gate=learns, answers=answers)
 
 
 def build_mix(cfg: DictConfig) -> Mix:

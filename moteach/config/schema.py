@@ -215,10 +215,12 @@ class RouteConfig:
     router: Any = MISSING
     student: StudentConfig = field(default_factory=StudentConfig)
     data: Any = MISSING
+    run: str | None = None
+    """Folder of a run trained with `gate.trace=true`, whose tokens `route explain` shows instead of a prompt."""
     prompts: str | None = None
     """Labelled JSONL of `route eval`; None: the held-out prompts of `data`."""
     nearest: int = 5
-    """Exemplars that `route explain` shows."""
+    """Exemplars that `route explain` shows; of a run, completions a domain."""
     out: str | None = None
 
 

@@ -19,6 +19,7 @@ from moteach.config.teachers import hidden_dtype_of, memory_of
 from moteach.errors import ConfigError, UnsupportedCombinationError, nearest
 from moteach.objectives.mix import MixedObjective
 from moteach.paths import conf_dir
+from moteach.routing.base import Gate
 from moteach.types import Support
 
 _PLAIN = (str, int, float, bool, list, dict, type(None))
@@ -179,6 +180,7 @@ def check_learning(cfg: DictConfig) -> None:
     """
     objective = build_objective(cfg)
     objective.check(cfg.support.name, cfg.support.k)
+    _check_gate(objective.teaching.gate, cfg.support.name)
     known = objective.measurable(cfg.support.name)
     readers = {f"token_weights={name}": part.needs for name, part in build_token_weights(cfg).items()}
     readers[f"balance={build_balance(cfg).name}"] = build_balance(cfg).needs
@@ -222,6 +224,15 @@ def check_aggregate(cfg: DictConfig, objective: MixedObjective) -> None:
             f"conflict={getattr(resolver, 'name', resolver.__name__)} keeps one loss a teacher, got objective="
             f"{type(objective.main).__name__}, which reads one target; it would get the linear pool instead. Choose "
             "objective=divergence|topk, or a pool: conflict=linear|geometric"
+        )
+
+
+def _check_gate(gate: Gate, support: Support) -> None:
+    """Refuses a gate that reads what the teachers do not send."""
+    if support not in gate.supports:
+        raise UnsupportedCombinationError(
+            f"gate={type(gate).__name__} reads whole distributions of the teachers, got support={support}; it could not "
+            f"compare them. Choose support={'|'.join(sorted(gate.supports))}, or gate=prompt"
         )
 
 

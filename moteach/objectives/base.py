@@ -64,6 +64,8 @@ class Scored:
     """Weights of the teachers at each token, columns as in the routing, in the place of the gate's."""
     stats: Mapping[str, Float[Tensor, " packed"]] | None = None
     """What was measured on these tokens, when something needed it; spares the objective a second look."""
+    gate_weights: Float[Tensor, "packed teacher"] | None = None
+    """What a token gate decided, a column for each teacher of the routing; constants of the loss."""
 
     @classmethod
     def of(
@@ -99,6 +101,7 @@ class Scored:
             teacher_weights=cut(self.teacher_weights),
             reference=None if self.reference is None else self.reference.select(kept),
             sequence_logprobs=None if self.sequence_logprobs is None else self.sequence_logprobs[list(rows)],
+            gate_weights=cut(self.gate_weights),
             references=None if self.references is None else self.references.select(kept),
             stats=None if self.stats is None else {name: values[kept] for name, values in self.stats.items()},
         )

@@ -68,6 +68,11 @@ class MixedObjective:
         self.normalise: Normalise = main.normalise
 
     @property
+    def teaching(self) -> Any:
+        """Gate and resolver of the teachers' objective."""
+        return getattr(self.main, "teaching", None)
+
+    @property
     def needs(self) -> frozenset[str]:
         """What the teachers' objective needs beside the teachers."""
         return self.main.needs

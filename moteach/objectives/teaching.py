@@ -21,6 +21,7 @@ from moteach.errors import RoutingError
 from moteach.objectives.base import Scored, gate_columns
 from moteach.objectives.sequences import sequence_logprobs
 from moteach.routing.base import Gate
+from moteach.routing.context import GateContext
 from moteach.types import Evidence, Head, TeacherEvidence
 
 FULL_STATS = frozenset(
@@ -72,7 +73,10 @@ class Teaching:
         """
         if scored.teacher_weights is not None:
             return gate_columns(scored.teacher_weights, scored.routing, scored.evidence)
-        weights = gate_columns(self.gate.weights(scored.rollouts, scored.routing), scored.routing, scored.evidence)
+        gated = scored.gate_weights
+        if gated is None:
+            gated = self.gate.weights(GateContext(rollouts=scored.rollouts, routing=scored.routing))
+        weights = gate_columns(gated, scored.routing, scored.evidence)
         return self._reweighed(weights, scored) if SEQUENCE_LOGPROBS in self.resolver.needs else weights
 
     def prepared(self, scored: Scored) -> Scored:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from moteach.catalogue.spec import ExpertSpec
 from moteach.errors import ConfigError
-from moteach.types import Evidence, Prompt, RolloutBatch, Routing
+from moteach.routing.context import GateContext
+from moteach.types import Evidence, Prompt, RolloutBatch, Routing, Support
 
 Ask = Callable[[RolloutBatch, Routing], Evidence]
 """Asks the teachers that a routing names about its rows; answers with the logprob of each written token (`sampled`)."""
@@ -81,9 +82,22 @@ class ObservingRouter(Protocol):
 
 @runtime_checkable
 class Gate(Protocol):
-    """Weights the teachers of each trained token, within what the router let through."""
+    """Weights the teachers of each trained token, within what the router let through.
 
-    def weights(self, rollouts: RolloutBatch, routing: Routing) -> Float[Tensor, "packed teacher"]:
+    A gate decides once a step, before the loss and without a gradient: its weights are a constant of the loss, so no gate is
+    trained by the distillation loss.
+    """
+
+    needs: frozenset[str]
+    """What it looks at: `teachers` and `references` (their whole distributions), `student` (its hidden states and head)."""
+    supports: frozenset[Support]
+    """Kinds of evidence it can read."""
+    per_token: bool
+    """False for a gate that repeats the router's weights: nothing is measured or kept for it."""
+    trace: bool
+    """Whether its decisions are written, a row a token."""
+
+    def weights(self, context: GateContext) -> Float[Tensor, "packed teacher"]:
         """Returns non-negative weights per packed token that sum to one, or are all zero where it abstains."""
         ...
 

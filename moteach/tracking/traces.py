@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from moteach.tracking.token_rows import TokenTrace, token_fields, token_rows
 from moteach.types import RolloutBatch, Routing
 
 Decode = Callable[[Sequence[int]], str]
@@ -26,11 +27,13 @@ class Traces:
         run_dir: The run's folder.
         decode: Token ids to text.
         completions: Whether `rollouts.parquet` is written beside `routing.parquet`.
+        tokens: Whether `routing.parquet` also has a row a token, see `token_rows`.
     """
 
-    def __init__(self, run_dir: Path, *, decode: Decode, completions: bool = True) -> None:
+    def __init__(self, run_dir: Path, *, decode: Decode, completions: bool = True, tokens: bool = False) -> None:
         self.run_dir = run_dir
         self.decode = decode
+        self.tokens = tokens
         self.tables = ("routing", "rollouts") if completions else ("routing",)
         self._rows: dict[str, list[dict[str, Any]]] = {name: [] for name in self.tables}
 
@@ -46,8 +49,15 @@ class Traces:
             if path.suffix != ".parquet" or int(path.stem.rpartition("-")[2]) > step:
                 path.unlink()
 
-    def record(self, step: int, rollouts: RolloutBatch, routing: Routing, rewards: Sequence[float]) -> None:
-        """Adds the rows of one step: one per prompt to `routing`, one per completion to `rollouts`."""
+    def record(
+        self,
+        step: int,
+        rollouts: RolloutBatch,
+        routing: Routing,
+        rewards: Sequence[float],
+        trace: TokenTrace | None = None,
+    ) -> None:
+        """Adds the rows of one step: one per prompt (and traced token) to `routing`, one per completion to `rollouts`."""
         weights = routing.weights.tolist()
         confidence = routing.confidence.tolist()
         abstained = routing.abstained.tolist()
@@ -85,12 +95,16 @@ class Traces:
                     }
                 )
 
+        if self.tokens and trace is not None:
+            self._rows["routing"] += map(dict, token_rows(step, rollouts, routing.teacher_ids, trace, self.decode))
+
     def flush(self, step: int) -> None:
         """Writes the rows collected so far as the parts that end at `step`."""
         for name, rows in self._rows.items():
             if rows:
                 _write(
-                    self.parts / f"{name}-{step:06d}.parquet", pa.Table.from_pylist(rows, schema=_schema(name, rows))
+                    self.parts / f"{name}-{step:06d}.parquet",
+                    pa.Table.from_pylist(rows, schema=_schema(name, rows, tokens=self.tokens)),
                 )
                 rows.clear()
 
@@ -119,7 +133,7 @@ def _write(path: Path, table: pa.Table) -> None:
     temporary.replace(path)
 
 
-def _schema(name: str, rows: Sequence[dict[str, Any]]) -> pa.Schema:
+def _schema(name: str, rows: Sequence[dict[str, Any]], *, tokens: bool = False) -> pa.Schema:
     text, number = pa.string(), pa.float32()
     if name == "routing":
         shares = pa.struct([(teacher, number) for teacher in rows[0]["weights"]])
@@ -132,6 +146,7 @@ def _schema(name: str, rows: Sequence[dict[str, Any]]) -> pa.Schema:
                 ("teacher", text),
                 ("confidence", number),
                 ("abstained", pa.bool_()),
+                *(token_fields(list(rows[0]["weights"])) if tokens else ()),
             ]
         )
     return pa.schema(

@@ -17,6 +17,7 @@ from moteach.objectives.base import Scored
 from moteach.objectives.divergence import DivergenceObjective
 from moteach.objectives.policy_gradient import PolicyGradientObjective
 from moteach.objectives.token_masks import EntropyTop, FirstTokens, Tip
+from moteach.routing.novelty import NoveltyGate
 from moteach.routing.token import PromptGate
 from moteach.testing import tiny_prompts, tiny_tokenizer
 from moteach.types import Evidence, Head, LossOutput, Prompt, Rollout, RolloutBatch, Routing, TeacherEvidence
@@ -254,3 +255,34 @@ def test_answers_are_written_as_completions_with_an_end() -> None:
     assert [row.prompt.prompt_id for row in rollouts.rollouts] == ["p0", "p1"]
     assert Answers(tokenizer)([prompts[2]]) is None
     assert partial(Answers(tokenizer), [])() is None
+
+
+@pytest.mark.parametrize("weights", [(), (Tip(rho=0.4),), (FirstTokens(count=2),)], ids=["plain", "tip", "unmeasured"])
+def test_a_token_gate_decides_once_and_alike_whatever_the_micro_batches(weights: Any) -> None:
+    calls = []
+
+    class Counting(NoveltyGate):
+        def weights(self, context: Any) -> Tensor:
+            calls.append(context.rollouts.num_tokens)
+            return super().weights(context)
+
+    def of(size: int | None) -> Learner:
+        objective = DivergenceObjective(
+            gate=Counting(k=4), resolver=Linear(), divergence=ReverseKL(), normalise="token_mean"
+        )
+        return Learner(student=student, objective=objective, token_weights=weights, micro_batch_size=size)
+
+    student, given = Student(), scored(untaught=(1,))
+    whole = of(None).loss(given)
+    expected = gradients(student)
+    assert calls == [given.rollouts.num_tokens]
+    calls.clear()
+    parts = of(2).loss(given)
+    assert sum(calls) == given.rollouts.num_tokens
+    torch.testing.assert_close(parts.loss, whole.loss, rtol=1e-5, atol=1e-7)
+    for got, want in zip(gradients(student), expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
+    columns = torch.stack([whole.token_stats[f"gate_weight/t{k}"] for k in range(2)], dim=1)
+    assert float(columns.std(dim=0).max()) > 0.01
+    for name, values in whole.token_stats.items():
+        torch.testing.assert_close(parts.token_stats[name], values, rtol=1e-5, atol=1e-6, msg=name)
