@@ -23,6 +23,7 @@ from moteach.config.checks import (
     check_labels,
     check_lengths,
     check_mix,
+    check_ranks,
     check_references,
     check_run_dir,
     check_teachers,
@@ -171,6 +172,7 @@ def _check(job: Job) -> None:
     held_out = prompts.evaluation if cfg.eval.enabled else ()
     check_lengths(trainer.engine, drawn, held_out, held_out_limit=cfg.eval.max_new_tokens)
     check_first_step(trainer.sampler)
+    check_ranks(trainer)
     check_references(trainer.learner.objective.needs, job.experts, trainer.teachers)
     check_teachers(job.experts, trainer.student, trainer.teachers)
 

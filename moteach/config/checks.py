@@ -9,10 +9,11 @@ from typing import Any
 from moteach.catalogue.spec import ExpertSpec
 from moteach.data.base import PromptSet, rows_by_domain
 from moteach.data.sampling import Sampler
-from moteach.errors import ConfigError
+from moteach.errors import ConfigError, UnsupportedCombinationError
 from moteach.objectives.mix import Mix
 from moteach.rollouts.base import RolloutEngine
 from moteach.rollouts.hf import HFEngine
+from moteach.routing.base import ObservingRouter
 from moteach.routing.exemplars import check_leak
 from moteach.routing.label import LabelRouter
 from moteach.routing.learner import Learner
@@ -22,6 +23,7 @@ from moteach.teachers.lora import LoRATeacher
 from moteach.teachers.pool import TeacherPool
 from moteach.teachers.preflight import check
 from moteach.teachers.reuse import ReusingTeachers
+from moteach.trainer import Trainer
 from moteach.types import Prompt
 
 
@@ -48,6 +50,27 @@ def check_references(
     """
     if "references" in needs:
         teachers.references.require([expert.name for expert in experts])
+
+
+def check_ranks(trainer: Trainer) -> None:
+    """Refuses, with several ranks, what would learn another thing on each of them.
+
+    Raises:
+        UnsupportedCombinationError: Naming the part.
+    """
+    if trainer.ranks.size == 1:
+        return
+    parts = {
+        "a router that learns while it routes": isinstance(trainer.router, ObservingRouter),
+        "a gate that learns": trainer.lessons is not None,
+        "a resolver that operates on gradients": trainer.learner.surgery is not None,
+    }
+    if found := [name for name, here in parts.items() if here]:
+        raise UnsupportedCombinationError(
+            f"expected one process for {' and '.join(found)}, got {trainer.ranks.size} ranks; each rank would learn from its "
+            "own share only and the student's shards would be updated differently. Start one process, or fit the router "
+            "before (moteach route fit)"
+        )
 
 
 def drawn_prompts(prompts: PromptSet, shares: Mapping[str, float]) -> list[Prompt]:

@@ -211,6 +211,12 @@ def check_aggregate(cfg: DictConfig, objective: MixedObjective) -> None:
     """
     resolver = resolve_target(cfg.conflict._target_, where="conflict")
     if hasattr(resolver, "combine"):
+        if objective.teaching.gate.per_token:
+            raise UnsupportedCombinationError(
+                f"conflict={getattr(resolver, 'name', resolver.__name__)} takes each teacher's gradient over its own prompts, got "
+                f"gate={type(objective.teaching.gate).__name__}, which splits completions between teachers; choose gate=prompt, "
+                "or a pool: conflict=select|linear"
+            )
         # one teacher at a time is a target for any objective; a term without a teacher has no gradient to combine
         if cfg.mix.outcome > 0 or cfg.mix.reference > 0:
             raise UnsupportedCombinationError(
