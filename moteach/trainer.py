@@ -245,6 +245,7 @@ class Trainer:
                 **rollout_metrics(rollouts, rewards),
                 **routing_metrics(routing),
                 **teacher_metrics(evidence),
+                **self.teachers.lap(),
                 **self.sampler.metrics(),
                 **output.metrics,
             }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -47,6 +48,7 @@ class TeacherPool:
         vocab_size: int | None = None,
         max_resident: int | None = None,
         device: str = "cpu",
+        served: Mapping[str, Any] | None = None,
     ) -> TeacherPool:
         """Builds the pool of a run's experts, see `build_teachers`."""
         return cls(
@@ -56,8 +58,14 @@ class TeacherPool:
                 vocab_size=vocab_size,
                 max_resident=max_resident,
                 device=device,
+                served=served,
             )
         )
+
+    def lap(self) -> dict[str, float]:
+        """Returns `teacher_http/<teacher>/<count>` since the last lap, of the teachers behind servers; empty without any."""
+        counts = {name: teacher.lap() for name, teacher in self._teachers.items() if hasattr(teacher, "lap")}
+        return {f"teacher_http/{name}/{key}": value for name, found in counts.items() for key, value in found.items()}
 
     @property
     def teacher_ids(self) -> tuple[str, ...]:
@@ -136,8 +144,9 @@ def build_teachers(
     vocab_size: int | None = None,
     max_resident: int | None = None,
     device: str = "cpu",
-) -> list[HFTeacher | LoRATeacher]:
-    """Builds in-process teachers for experts; weights load on first use, and equal checkpoints load once.
+    served: Mapping[str, Any] | None = None,
+) -> list[Any]:
+    """Builds teachers for experts: weights load on first use, equal checkpoints load once, servers are asked on first use.
 
     Args:
         experts: The run's experts.
@@ -146,13 +155,31 @@ def build_teachers(
         vocab_size: Size of the student's head, see `HFTeacher`.
         max_resident: How many whole models stay loaded; None keeps all.
         device: A torch device, or `auto`.
+        served: Further arguments of `VLLMTeacher`, for experts with a `url`.
 
     Raises:
-        ConfigError: A size is not positive.
+        ConfigError: A size is not positive, or a server's host is not allowed.
     """
     models, adapters = ModelStore(max_resident=max_resident, device=device), AdapterStore(device=device)
-    teachers: list[HFTeacher | LoRATeacher] = []
+    teachers: list[Any] = []
     for spec in experts:
+        if spec.url is not None:
+            from moteach.teachers.vllm import VLLMTeacher
+
+            teachers.append(
+                VLLMTeacher(
+                    teacher_id=spec.name,
+                    url=spec.url,
+                    served_name=spec.served_name,
+                    model=spec.model,
+                    revision=spec.revision,
+                    dtype=spec.dtype,
+                    chunk_size=chunk_size,
+                    vocab_size=vocab_size,
+                    **(served or {}),
+                )
+            )
+            continue
         if spec.adapter is not None and spec.base is not None:
             teachers.append(
                 LoRATeacher(

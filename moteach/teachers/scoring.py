@@ -43,10 +43,40 @@ def score_with(
         vocab_size: Size of the student's head. Rows of a larger teacher head beyond it are left out (several families
             pad their vocabulary by different amounts); a smaller head is refused.
     """
-    _check_request(teacher_id, support, k)
+    check_request(teacher_id, support, k)
     body, head = body_and_head(model)
-    head = _fit(_frozen(head), vocab_size, teacher_id)
+    head = fit_head(_frozen(head), vocab_size, teacher_id)
     hidden = packed_hidden(body, rollouts, max_tokens=max_tokens_per_forward)
+    return evidence_from_hidden(
+        hidden, head, rollouts, teacher_id=teacher_id, support=support, k=k, chunk_size=chunk_size
+    )
+
+
+@torch.no_grad()
+def evidence_from_hidden(
+    hidden: Float[Tensor, "packed hidden"],
+    head: Head,
+    rollouts: RolloutBatch,
+    *,
+    teacher_id: str,
+    support: Support,
+    k: int | None,
+    chunk_size: int,
+) -> TeacherEvidence:
+    """Turns the last hidden states of every trained token into evidence, wherever they were computed.
+
+    Args:
+        hidden: What predicts each trained token, in packed order.
+        head: Turns them into logits; frozen, of the student's number of rows.
+        rollouts: The rows they are of.
+        teacher_id: Name for the evidence and for errors.
+        support: What to return, see `moteach.teachers.base.Teacher.score`.
+        k: Number of entries for `topk`.
+        chunk_size: Tokens whose logits exist at once.
+
+    Raises:
+        DeadTeacherError: Hidden states or logprobs are not finite.
+    """
     if not bool(torch.isfinite(hidden).all()):
         raise dead(teacher_id, "hidden states")
     tokens = torch.arange(rollouts.num_tokens)
@@ -76,7 +106,7 @@ def packed_hidden(body: nn.Module, rollouts: RolloutBatch, *, max_tokens: int) -
     The last token of a row predicts nothing that is trained, so it is not computed; rows without a trained token are
     not computed at all. The result is in packed order whatever the order of the micro-batches.
     """
-    needed = _needed_lengths(rollouts)
+    needed = needed_lengths(rollouts)
     counts = rollouts.loss_mask.sum(dim=1)
     starts = (counts.cumsum(0) - counts).tolist()
     pieces: list[Tensor] = []
@@ -153,7 +183,13 @@ def check_settings(*, chunk_size: int, max_tokens_per_forward: int) -> None:
             raise ConfigError(f"expected a positive number of tokens for '{key}', got {value}")
 
 
-def _check_request(teacher_id: str, support: Support, k: int | None) -> None:
+def check_request(teacher_id: str, support: Support, k: int | None) -> None:
+    """Refuses a request that is not defined.
+
+    Raises:
+        UnsupportedCombinationError: There is no such support.
+        ConfigError: `k` is missing, not positive, or given with another support than `topk`.
+    """
     if support not in ("full", "topk", "sampled"):
         raise UnsupportedCombinationError(
             f"expected support full, topk or sampled of the teacher '{teacher_id}', got '{support}'"
@@ -169,7 +205,12 @@ def _frozen(head: Head) -> Head:
     return Head(weight=head.weight.detach(), bias=bias, scale=head.scale, softcap=head.softcap)
 
 
-def _fit(head: Head, vocab_size: int | None, teacher_id: str) -> Head:
+def fit_head(head: Head, vocab_size: int | None, teacher_id: str) -> Head:
+    """Leaves out the rows of a head beyond the student's vocabulary.
+
+    Raises:
+        IncompatibleTeacherError: It has fewer rows than the student's.
+    """
     rows = head.weight.shape[0]
     if vocab_size is None or rows == vocab_size:
         return head
@@ -183,7 +224,7 @@ def _fit(head: Head, vocab_size: int | None, teacher_id: str) -> Head:
     return Head(weight=head.weight[:vocab_size], bias=bias, scale=head.scale, softcap=head.softcap)
 
 
-def _needed_lengths(rollouts: RolloutBatch) -> list[int]:
+def needed_lengths(rollouts: RolloutBatch) -> list[int]:
     """Tokens of each row the body must read: up to the one before the last trained token; 0 when none is trained."""
     width = rollouts.loss_mask.shape[1]
     last = width - 1 - rollouts.loss_mask.flip(1).int().argmax(dim=1) if width else torch.zeros(len(rollouts))
