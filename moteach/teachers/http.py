@@ -241,6 +241,7 @@ class HttpClient:
 
     async def _in_slot(self, request: Request[T]) -> T:
         async with self._slots:
+            await asyncio.sleep(0)  # a failure beside it cancels this one before it is sent
             return await self._attempt(request)
 
     def _count_retry(self, state: tenacity.RetryCallState) -> None:
