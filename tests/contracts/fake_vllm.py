@@ -312,6 +312,7 @@ SPOILED: dict[str, Callable[[Any], Any]] = {
     "logits": _choice(_last(7.5)),
     "other_vocabulary": _choice(lambda choice: _renamed(choice, 1000)),
     "other_model": lambda answer: {**answer, "model": "impostor"},
+    "wrong_ids_of_exact": lambda answer: {**answer, "prompt_token_ids": answer["prompt_token_ids"][::-1]},
     "bad_npy": lambda answer: {**answer, "prompt_token_id_logprobs": "AAAA"},
 }
 

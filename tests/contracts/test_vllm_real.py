@@ -14,6 +14,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,9 @@ from moteach.catalogue.packaged import resolve_location
 from moteach.divergences.projection import project
 from moteach.errors import ConfigError
 from moteach.teachers.hf import HFTeacher
+from moteach.teachers.http import HttpClient
 from moteach.teachers.vllm import VLLMTeacher
+from moteach.teachers.wire import Row, completion_request
 from moteach.testing import tiny_model, tiny_tokenizer
 
 PYTHON = os.environ.get("MOTEACH_VLLM_PYTHON", "")
@@ -84,6 +87,16 @@ def _wait_for(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
     raise AssertionError(f"the server did not start: {log.read_text(errors='replace')[-3000:]}")
 
 
+def _at_temperature(url: str, temperature: float) -> list[float]:
+    ids = [5, 6, 7, 8, 9]
+    row = Row(teacher_id="teacher", model="teacher", ids=tuple(ids), graded=(1, 2, 3, 4))
+    question = completion_request(row, k=0)
+    assert question.body is not None
+    asked = replace(question, body={**question.body, "temperature": temperature})
+    said: list[float] = HttpClient(name="teacher", url=url).ask({0: asked})[0].sampled.tolist()
+    return said
+
+
 def distance(mine: torch.Tensor | None, theirs: torch.Tensor | None) -> float:
     assert mine is not None
     assert theirs is not None
@@ -94,7 +107,9 @@ def distance(mine: torch.Tensor | None, theirs: torch.Tensor | None) -> float:
 def test_top_k_and_sampled_logprobs_equal_those_in_process(folder: Path, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(str(folder))
     local = HFTeacher(teacher_id="teacher", model=str(folder))
-    with serving(folder, tmp_path / "log", "--max-logprobs", "64", "--no-enable-prefix-caching") as url:
+    # at temperature 1 the processed logprobs are the raw ones
+    extra = ("--max-logprobs", "64", "--no-enable-prefix-caching", "--logprobs-mode", "processed_logprobs")
+    with serving(folder, tmp_path / "log", *extra) as url:
         served = VLLMTeacher(teacher_id="teacher", url=url, vocab_size=len(tokenizer))
         served.check(tokenizer, support="topk", k=16)
         assert served.supports == {"topk", "sampled"}
@@ -110,6 +125,9 @@ def test_top_k_and_sampled_logprobs_equal_those_in_process(folder: Path, tmp_pat
                 )
         with pytest.raises(ConfigError, match="--max-logprobs 65"):
             served.check(tokenizer, support="topk", k=65)
+        warm, cold = (_at_temperature(url, temperature) for temperature in (1.0, 0.5))
+        print("prompt logprobs at temperature 1 and 0.5 are", warm, cold)
+        assert warm == cold
         print(served.lap())
 
 
