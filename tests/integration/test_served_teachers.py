@@ -50,7 +50,7 @@ def test_a_run_with_served_teachers_learns_what_the_same_run_in_process_learns(
     world: TinyWorld, servers: dict[str, FakeVLLM], tmp_path: Path
 ) -> None:
     here = metrics(train(tmp_path / "here", *world.overrides))
-    servers["alpha"].faults = ["", "500", "truncated_json"]  # the first is the handshake's
+    servers["alpha"].faults = ["", "500", "cut_states"]  # the first is the handshake's
     run = train(tmp_path / "there", *overrides(world, tmp_path / "cards"))
     there = metrics(run)
     assert len(here) == len(there) == 4
