@@ -49,6 +49,10 @@ class DeadTeacherError(MoteachError, ValueError):
     """A teacher whose scores are not finite, or uniform over the vocabulary."""
 
 
+class TeacherUnavailableError(MoteachError, ConnectionError):
+    """A teacher that could not answer: its server is down, too slow, or sends what cannot be read."""
+
+
 class RoutingError(MoteachError, ValueError):
     """A prompt that the router may not give to any teacher."""
 

@@ -255,6 +255,7 @@ class Trainer:
                 **routing_metrics(seen.routing),
                 **gate_metrics(seen.rollouts, seen.routing, seen.stats),
                 **teacher_metrics(seen.evidence),
+                **self.teachers.lap(),
                 **self.sampler.metrics(),
                 **output.metrics,
             }

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from moteach.catalogue.urls import url_problem
 from moteach.errors import ExpertCardError, MissingFileError, nearest
 
 NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9_-]*")
@@ -27,6 +28,7 @@ class ExpertSpec:
 
     The weights come from exactly one place: `model`, or `adapter` on top of `base`, or the `output` folder of `recipe`.
     A recipe without `output` may stand beside `model`: it then records how that model was made.
+    An expert behind a server has `url` in their place; `model` may stand beside it, as this machine's copy of what is served.
 
     Raises:
         ExpertCardError: A value cannot be used, or the weights come from no place or from two.
@@ -40,6 +42,10 @@ class ExpertSpec:
     """Folder or hub id of a LoRA adapter; needs `base`."""
     base: str | None = None
     """Folder or hub id of the model under the adapter."""
+    url: str | None = None
+    """Address of the server the expert answers from, as `http://127.0.0.1:8000`; nothing is loaded here."""
+    served_name: str | None = None
+    """Name the server knows it by (`--served-model-name`, or that of an adapter); None: the name of the expert."""
     recipe: dict[str, Any] = field(default_factory=dict)
     """How to train the expert, read by `moteach specialize`; its `output` is the folder the weights go to.
 
@@ -68,8 +74,8 @@ class ExpertSpec:
 
     @property
     def weights(self) -> str:
-        """Folder or hub id the weights are read from: `model`, `adapter` or `recipe.output`, whichever is given."""
-        return str(self.model or self.adapter or self.recipe["output"])
+        """Where the weights are: `model`, `adapter` or `recipe.output`, whichever is given, or else `url`."""
+        return str(self.model or self.adapter or self.url or self.recipe["output"])
 
 
 def require_built(spec: ExpertSpec) -> None:
@@ -78,7 +84,7 @@ def require_built(spec: ExpertSpec) -> None:
     Raises:
         MissingFileError: Its weights are not there yet.
     """
-    if spec.model or spec.adapter or Path(spec.weights).is_dir():
+    if spec.model or spec.adapter or spec.url or Path(spec.weights).is_dir():
         return
     raise MissingFileError(
         f"the expert '{spec.name}' is not built yet: run `moteach specialize expert={spec.name}` (expected its weights "
@@ -111,6 +117,8 @@ def _weights_problems(spec: ExpertSpec) -> list[tuple[str | None, str]]:
     output = spec.recipe.get("output")
     if output is not None and not (isinstance(output, str) and output):
         return [("recipe", f"expected a folder for 'recipe.output', got {output!r}")]
+    if spec.url is not None or spec.served_name is not None:
+        return _served_problems(spec)
     places = {"model": spec.model, "adapter": spec.adapter, "recipe.output": output}
     given = [key for key, value in places.items() if value]
     if not given:
@@ -118,7 +126,8 @@ def _weights_problems(spec: ExpertSpec) -> list[tuple[str | None, str]]:
             (
                 "recipe" if spec.recipe else None,
                 "expected weights: 'model: FOLDER-OR-HUB-ID', or 'adapter:' with 'base:', or a 'recipe:' with "
-                "'output:', got " + ("a recipe without 'output'" if spec.recipe else "none of them"),
+                "'output:', or the 'url:' of a server, got "
+                + ("a recipe without 'output'" if spec.recipe else "none of them"),
             )
         ]
     if len(given) > 1:
@@ -130,6 +139,25 @@ def _weights_problems(spec: ExpertSpec) -> list[tuple[str | None, str]]:
         return [("adapter", "expected 'base:' (the model under the adapter) beside 'adapter', got no base")]
     if spec.base and not spec.adapter:
         return [("base", "expected 'adapter:' beside 'base', got a base alone; write 'model:' for a whole model")]
+    return []
+
+
+def _served_problems(spec: ExpertSpec) -> list[tuple[str | None, str]]:
+    if spec.url is None:
+        return [
+            ("served_name", "expected 'url:' beside 'served_name', got none; no server would be asked for that name")
+        ]
+    if problem := url_problem(spec.url):
+        return [("url", problem)]
+    if spec.served_name is not None and not spec.served_name.strip():
+        return [("served_name", "expected the name the server knows the expert by for 'served_name', got nothing")]
+    beside = {"adapter": spec.adapter, "base": spec.base, "recipe.output": spec.recipe.get("output")}
+    if given := [key for key, value in beside.items() if value]:
+        message = (
+            f"expected at most 'model:' (a copy of what is served) beside 'url', got {' and '.join(map(repr, given))}; "
+            "the server alone decides which weights answer: start it with them, and remove the key"
+        )
+        return [(given[0].split(".")[0], message)]
     return []
 
 

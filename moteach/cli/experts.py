@@ -90,7 +90,14 @@ def check_teachers(cfg: DictConfig) -> None:
         probe = (own or list(prompts.evaluation))[: cfg.probe_prompts]
         try:
             report = check(
-                spec, model, tokenizer, probe, limits=limits, max_new_tokens=cfg.max_new_tokens, seed=cfg.seed
+                spec,
+                model,
+                tokenizer,
+                probe,
+                limits=limits,
+                max_new_tokens=cfg.max_new_tokens,
+                seed=cfg.seed,
+                allowed_hosts=tuple(cfg.allowed_hosts),
             )
             report.raise_if_failed()
         except MoteachError as error:

@@ -114,6 +114,7 @@ def assemble(cfg: DictConfig, *, trackers: Sequence[Tracker] = (), ranks: Ranks 
             vocab_size=student.vocab_size,
             memory=memory_of(cfg.teachers),
             hidden_dtype=hidden_dtype_of(cfg.teachers),
+            served=_served(cfg),
         ),
         router=_router(cfg, experts),
         sampler=_sampler(cfg, prompts, experts),
@@ -174,7 +175,14 @@ def _check(job: Job) -> None:
     check_first_step(trainer.sampler)
     check_ranks(trainer)
     check_references(trainer.learner.objective.needs, job.experts, trainer.teachers)
-    check_teachers(job.experts, trainer.student, trainer.teachers)
+    check_teachers(job.experts, trainer.student, trainer.teachers, support=cfg.support.name, k=cfg.support.k)
+
+
+def _served(cfg: DictConfig) -> dict[str, Any]:
+    """Arguments of teachers behind servers."""
+    http = OmegaConf.to_container(cfg.teachers.http)
+    assert isinstance(http, dict)
+    return {"allowed_hosts": tuple(cfg.teachers.allowed_hosts), **{str(key): value for key, value in http.items()}}
 
 
 def decoder(tokenizer: Any) -> Callable[[Sequence[int]], str]:
@@ -275,7 +283,11 @@ def identity_of(cfg: DictConfig, experts: Sequence[ExpertSpec], prompts: PromptS
     kept = {str(key): value for key, value in plain.items() if key not in IGNORED_ON_RESUME}
     identity = dict(_flat(redact(kept)))
     for expert in experts:
-        identity[f"experts.{expert.name} (weights)"] = weights_digest(expert.weights, expert.revision)
+        # a server may move; what it serves may not change
+        identity.pop(f"experts.{expert.name}.url", None)
+        served = expert.url is not None and expert.model is None
+        digest = "behind a server" if served else weights_digest(expert.weights, expert.revision)
+        identity[f"experts.{expert.name} (weights)"] = digest
     identity["student.model (weights)"] = weights_digest(cfg.student.model, cfg.student.revision)
     if cfg.teachers.hidden_dtype is not None:
         identity["teachers.hidden_dtype"] = cfg.teachers.hidden_dtype

@@ -24,18 +24,35 @@ from moteach.teachers.pool import TeacherPool
 from moteach.teachers.preflight import check
 from moteach.teachers.reuse import ReusingTeachers
 from moteach.trainer import Trainer
-from moteach.types import Prompt
+from moteach.types import Prompt, Support
 
 
-def check_teachers(experts: Sequence[ExpertSpec], student: Student, teachers: TeacherPool | ReusingTeachers) -> None:
+def check_teachers(
+    experts: Sequence[ExpertSpec],
+    student: Student,
+    teachers: TeacherPool | ReusingTeachers,
+    *,
+    support: Support = "full",
+    k: int | None = None,
+) -> None:
     """Compares the vocabulary, special tokens and head of every teacher with the student's, without any probe prompt.
+
+    Args:
+        experts: The run's experts.
+        student: What they are compared with.
+        teachers: Their teachers.
+        support: What the run will ask them for; teachers behind servers are asked for it once.
+        k: Entries a token, for `topk` only.
 
     Raises:
         IncompatibleTeacherError: A teacher would grade another text than the student wrote.
         MoteachError: A teacher cannot be opened.
     """
     for expert in experts:
-        teacher = teachers.get(expert.name)
+        teacher: Any = teachers.get(expert.name)
+        if expert.url is not None:
+            teacher.check(student.tokenizer, support=support, k=k)
+            continue
         loaded = teacher if isinstance(teacher, HFTeacher | LoRATeacher) else None
         check(expert, student.model, student.tokenizer, [], teacher=loaded).raise_if_failed()
 

@@ -13,6 +13,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
 from moteach.catalogue.spec import ExpertSpec
+from moteach.catalogue.urls import LOOPBACK
 
 
 @dataclass
@@ -42,6 +43,30 @@ class StudentConfig:
 
 
 @dataclass
+class HttpConfig:
+    """How teachers behind servers (cards with `url:`) are asked."""
+
+    concurrency: int = 8
+    """Requests in flight at one server; also the number of pooled connections."""
+    timeout: float = 120.0
+    """Seconds of one attempt, from connecting to the last byte."""
+    deadline: float = 600.0
+    """Seconds for a teacher's share of a step, repetitions included."""
+    attempts: int = 5
+    """Attempts of one request; only errors of transport, 429, 5xx and damaged answers are repeated."""
+    backoff: float = 0.5
+    """Seconds before the second attempt; doubled each time, 16 at most."""
+    max_response_bytes: int = 536870912
+    """Largest answer that is read."""
+    wait: float = 0.0
+    """Seconds for which the run waits for a server that is down, before it counts as unavailable; `inf` waits for ever."""
+    breaker_failures: int = 3
+    """Failed calls in a row after which a server is left alone."""
+    breaker_cool_down: float = 30.0
+    """Seconds for which it is; then one call may try."""
+
+
+@dataclass
 class TeachersConfig:
     """How teachers score."""
 
@@ -51,6 +76,9 @@ class TeachersConfig:
     """Most weights of teachers in memory at once, such as `2GiB`; the others wait on disk. None keeps all loaded."""
     hidden_dtype: str | None = None
     """Precision in which hidden states wait for the loss, `float32` or `bfloat16`; None keeps the teacher's own."""
+    allowed_hosts: list[str] = field(default_factory=lambda: list(LOOPBACK))
+    """Hosts that cards with `url:` may name."""
+    http: HttpConfig = field(default_factory=HttpConfig)
 
 
 @dataclass
@@ -184,6 +212,8 @@ class ExpertsConfig:
     max_new_tokens: int = 16
     max_reverse_kl: float | None = None
     min_overlap: float | None = None
+    allowed_hosts: list[str] = field(default_factory=lambda: list(LOOPBACK))
+    """Hosts that cards with `url:` may name."""
     out: str | None = None
 
 

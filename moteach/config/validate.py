@@ -30,6 +30,13 @@ _LEAST: Mapping[str, float] = {
     "checkpoint.every_steps": 0,
     "checkpoint.keep_last": 1,
     "teachers.max_tokens_per_forward": 1,
+    "teachers.http.concurrency": 1,
+    "teachers.http.attempts": 1,
+    "teachers.http.max_response_bytes": 1,
+    "teachers.http.backoff": 0,
+    "teachers.http.wait": 0,
+    "teachers.http.breaker_failures": 1,
+    "teachers.http.breaker_cool_down": 0,
     "eval.prompts_per_domain": 1,
     "eval.max_new_tokens": 1,
     "optim.warmup_steps": 0,
@@ -213,9 +220,9 @@ def check_aggregate(cfg: DictConfig, objective: MixedObjective) -> None:
     if hasattr(resolver, "combine"):
         if objective.teaching.gate.per_token:
             raise UnsupportedCombinationError(
-                f"conflict={getattr(resolver, 'name', resolver.__name__)} takes each teacher's gradient over its own prompts, got "
-                f"gate={type(objective.teaching.gate).__name__}, which splits completions between teachers; choose gate=prompt, "
-                "or a pool: conflict=select|linear"
+                f"conflict={getattr(resolver, 'name', resolver.__name__)} takes each teacher's gradient over its own "
+                f"prompts, got gate={type(objective.teaching.gate).__name__}, which splits completions between teachers; "
+                "choose gate=prompt, or a pool: conflict=select|linear"
             )
         # one teacher at a time is a target for any objective; a term without a teacher has no gradient to combine
         if cfg.mix.outcome > 0 or cfg.mix.reference > 0:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -62,6 +63,7 @@ class TeacherPool:
         device: str = "cpu",
         memory: int | None = None,
         hidden_dtype: torch.dtype | None = None,
+        served: Mapping[str, Any] | None = None,
     ) -> TeacherPool:
         """Builds the pool of a run's experts with the checkpoints they were trained from, see `build_teachers`."""
         store = store_of(max_resident=max_resident, memory=memory, device=device)
@@ -73,12 +75,18 @@ class TeacherPool:
                 vocab_size=vocab_size,
                 store=store,
                 device=device,
+                served=served,
             ),
             references=References.from_experts(
                 specs, store=store, max_tokens_per_forward=max_tokens_per_forward, vocab_size=vocab_size
             ),
             hidden_dtype=hidden_dtype,
         )
+
+    def lap(self) -> dict[str, float]:
+        """Returns `teacher_http/<teacher>/<count>` since the last lap, of the teachers behind servers; empty without any."""
+        counts = {name: teacher.lap() for name, teacher in self._teachers.items() if hasattr(teacher, "lap")}
+        return {f"teacher_http/{name}/{key}": value for name, found in counts.items() for key, value in found.items()}
 
     @property
     def teacher_ids(self) -> tuple[str, ...]:
@@ -188,8 +196,9 @@ def build_teachers(
     store: ModelStore | MappedStore | None = None,
     device: str = "cpu",
     memory: int | None = None,
-) -> list[HFTeacher | LoRATeacher]:
-    """Builds in-process teachers for experts; weights load on first use, and equal checkpoints load once.
+    served: Mapping[str, Any] | None = None,
+) -> list[Any]:
+    """Builds teachers for experts: weights load on first use, equal checkpoints load once, servers are asked on first use.
 
     Args:
         experts: The run's experts.
@@ -200,14 +209,32 @@ def build_teachers(
         store: Where whole models are kept, instead of a store of their own with `max_resident` places.
         device: A torch device, or `auto`.
         memory: Most bytes of whole models at once, see `MappedStore`; None keeps them loaded.
+        served: Further arguments of `VLLMTeacher`, for experts with a `url`.
 
     Raises:
-        ConfigError: A size is not positive.
+        ConfigError: A size is not positive, or a server's host is not allowed.
     """
     models = store_of(max_resident=max_resident, memory=memory, device=device) if store is None else store
     adapters = AdapterStore(device=device)
-    teachers: list[HFTeacher | LoRATeacher] = []
+    teachers: list[Any] = []
     for spec in experts:
+        if spec.url is not None:
+            from moteach.teachers.vllm import VLLMTeacher
+
+            teachers.append(
+                VLLMTeacher(
+                    teacher_id=spec.name,
+                    url=spec.url,
+                    served_name=spec.served_name,
+                    model=spec.model,
+                    revision=spec.revision,
+                    dtype=spec.dtype,
+                    chunk_size=chunk_size,
+                    vocab_size=vocab_size,
+                    **(served or {}),
+                )
+            )
+            continue
         if spec.adapter is not None and spec.base is not None:
             teachers.append(
                 LoRATeacher(

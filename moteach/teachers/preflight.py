@@ -18,15 +18,17 @@ from torch import nn
 from moteach.catalogue.modeling import body_and_head, load_tokenizer, weights_bytes
 from moteach.catalogue.places import is_commit, is_hub_id
 from moteach.catalogue.spec import ExpertSpec, require_built
+from moteach.catalogue.urls import LOOPBACK
 from moteach.errors import ConfigError, DeadTeacherError, IncompatibleTeacherError
 from moteach.teachers.hf import HFTeacher
 from moteach.teachers.lora import LoRATeacher
 from moteach.teachers.pool import build_teachers
 from moteach.teachers.probe import UNIFORM, Probe, compare
-from moteach.types import Prompt
+from moteach.types import Prompt, Support
 
 Level = Literal["ok", "warn", "error"]
 _SPECIAL = ("pad_token_id", "eos_token_id", "bos_token_id", "unk_token_id")
+_SUPPORTS: tuple[Support, ...] = ("full", "topk", "sampled")
 _SAME_ORIGIN, _FOREIGN = 0.04, 0.19
 
 
@@ -103,6 +105,7 @@ def check(
     max_new_tokens: int = 64,
     seed: int = 0,
     teacher: HFTeacher | LoRATeacher | None = None,
+    allowed_hosts: Sequence[str] = LOOPBACK,
 ) -> PreflightReport:
     """Checks a teacher against the student.
 
@@ -119,12 +122,15 @@ def check(
         max_new_tokens: Longest continuation.
         seed: Seed of the sampled continuations.
         teacher: The expert's teacher, so that its weights load once; None builds one.
+        allowed_hosts: Hosts that a card with `url:` may name; of such an expert server and vocabulary are checked alone.
 
     Raises:
         MoteachError: The teacher cannot be opened at all.
     """
     limits = limits or PreflightLimits()
     require_built(spec)
+    if spec.url is not None:
+        return _check_served(spec, student_tokenizer, allowed_hosts, limits.k)
     place = spec.base or spec.weights
     tokenizer = load_tokenizer(place, revision=spec.revision)
     template = _template_hash(tokenizer)
@@ -156,6 +162,25 @@ def check(
         probe_tokens=tokens,
         memory_bytes=memory,
         chat_template_hash=template,
+    )
+
+
+def _check_served(spec: ExpertSpec, tokenizer: Any, allowed_hosts: Sequence[str], k: int) -> PreflightReport:
+    """Asks the server what it offers and for its vocabulary; what cannot be asked over HTTP is not compared."""
+    served = build_teachers([spec], served={"allowed_hosts": allowed_hosts, "wait": 0.0, "attempts": 2})[0]
+    supports = served.supports
+    best: Support = next((one for one in _SUPPORTS if one in supports), "sampled")
+    served.check(tokenizer, support=best, k=k if best == "topk" else None)
+    offers = f"{spec.url} offers support {', '.join(sorted(supports))}"
+    if served.capabilities.exact_ids:
+        offers += ", and logprobs of chosen ids"
+    return PreflightReport(
+        teacher_id=spec.name,
+        findings=(
+            Finding(level="ok", name="server", message=offers),
+            Finding(level="ok", name="vocabulary", message=f"{len(tokenizer)} tokens, the same text"),
+            Finding(level="warn", name="comparison", message="not compared with the student: it answers from a server"),
+        ),
     )
 
 

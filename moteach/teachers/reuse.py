@@ -47,6 +47,10 @@ class ReusingTeachers:
         """Returns one teacher, see `TeacherPool.get`."""
         return self.pool.get(teacher_id)
 
+    def lap(self) -> dict[str, float]:
+        """What asking servers took since the last lap, see `TeacherPool.lap`."""
+        return self.pool.lap()
+
     def ask(self, rollouts: RolloutBatch, routing: Routing) -> Evidence:
         """Returns the logprobs of the written tokens, of the teachers and rows that `routing` names.
 

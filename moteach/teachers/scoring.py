@@ -61,10 +61,19 @@ def evidence_of(
     k: int | None,
     chunk_size: int,
 ) -> TeacherEvidence:
-    """Turns the packed hidden states of a batch into what was asked for, see `score_with`.
+    """Turns the last hidden states of every trained token into evidence, wherever they were computed.
+
+    Args:
+        hidden: What predicts each trained token, in packed order.
+        head: Turns them into logits; frozen, of the student's number of rows.
+        rollouts: The rows they are of.
+        teacher_id: Name for the evidence and for errors.
+        support: What to return, see `moteach.teachers.base.Teacher.score`.
+        k: Number of entries for `topk`.
+        chunk_size: Tokens whose logits exist at once.
 
     Raises:
-        DeadTeacherError: They are not finite.
+        DeadTeacherError: Hidden states or logprobs are not finite.
     """
     if not bool(torch.isfinite(hidden).all()):
         raise dead(teacher_id, "hidden states")
@@ -107,7 +116,7 @@ def packed_hidden(
         max_tokens: Padded tokens in one forward.
         forward: Runs the body on ids, mask and row numbers, where rows differ in more than their tokens.
     """
-    needed = _needed_lengths(rollouts)
+    needed = needed_lengths(rollouts)
     counts = rollouts.loss_mask.sum(dim=1)
     starts = (counts.cumsum(0) - counts).tolist()
     pieces: list[Tensor] = []
@@ -186,11 +195,11 @@ def check_settings(*, chunk_size: int, max_tokens_per_forward: int) -> None:
 
 
 def check_request(teacher_id: str, support: Support, k: int | None) -> None:
-    """Refuses a support that does not exist, and a `k` where it is missing or would be ignored.
+    """Refuses a request that is not defined.
 
     Raises:
         UnsupportedCombinationError: There is no such support.
-        ConfigError: `k` does not go with it.
+        ConfigError: `k` is missing, not positive, or given with another support than `topk`.
     """
     if support not in ("full", "topk", "sampled"):
         raise UnsupportedCombinationError(
@@ -227,7 +236,7 @@ def fitted(head: Head, vocab_size: int | None, teacher_id: str) -> Head:
     return Head(weight=head.weight[:vocab_size], bias=bias, scale=head.scale, softcap=head.softcap)
 
 
-def _needed_lengths(rollouts: RolloutBatch) -> list[int]:
+def needed_lengths(rollouts: RolloutBatch) -> list[int]:
     """Tokens of each row the body must read: up to the one before the last trained token; 0 when none is trained."""
     width = rollouts.loss_mask.shape[1]
     last = width - 1 - rollouts.loss_mask.flip(1).int().argmax(dim=1) if width else torch.zeros(len(rollouts))
