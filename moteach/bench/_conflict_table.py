@@ -43,9 +43,9 @@ def print_tables(console: Console, rows: Sequence[Mapping[str, Any]], table: Seq
 def notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """What a reader has to know: cells that failed, results of different sources, the machine."""
     found = [f"{row['scenario']} {row['arm']} could not be trained: {row['error']}" for row in rows if "error" in row]
-    codes = {row["code"] for row in rows if "code" in row}
-    if len(codes) > 1:
+    sources = {row["source"] for row in rows if "source" in row}
+    if len(sources) > 1:
         found.append(
-            f"these numbers come from {len(codes)} versions of the source; give another cache=DIR to train all of them again"
+            f"these numbers come from {len(sources)} versions of the source; give another cache=DIR to train all of them again"
         )
     return [*dict.fromkeys(found), machine()]

@@ -98,7 +98,7 @@ def make_teacher(name: str, fault: Fault, folder: Path, *, shipped: Path | None 
             model = type(model)(copy.deepcopy(model.config)).float()
         tuned = _Tuning(fault, tokenizer)
         if fault.kind == "noisy":
-            _add_noise(model, fault, tuned)
+            _add_noise(model, fault, tuned.accuracy)
         else:
             tuned.train(model)
         temporary = folder / f".tmp-{os.getpid()}-{name}"
@@ -177,13 +177,13 @@ class _Tuning:
         return Example(token_ids=(*prompt, *answer), learned=(*[False] * len(prompt), *[True] * len(answer)))
 
 
-def _add_noise(model: nn.Module, fault: Fault, tuned: _Tuning) -> None:
+def _add_noise(model: nn.Module, fault: Fault, accuracy: Callable[[nn.Module], float]) -> None:
     """Adds noise of a growing share of each tensor's standard deviation, always along one direction, until it is bad."""
     generator = torch.Generator().manual_seed(fault.seed)
     clean = {name: value.detach().clone() for name, value in model.named_parameters()}
     noise = {name: torch.randn(value.shape, generator=generator) * value.std() for name, value in clean.items()}
     scale = 0.0
-    while tuned.accuracy(model) > NOISE_GOAL:
+    while accuracy(model) > NOISE_GOAL:
         scale += _NOISE_STEP
         with torch.no_grad():
             for name, value in model.named_parameters():

@@ -115,7 +115,7 @@ SCENARIOS: Mapping[str, Scenario] = {
     ),
     "styles": Scenario(
         about="a teacher of two domains that others teach too, in a style that the verifier refuses",
-        tuning=_beside("bracketed", _styled(")", ("code", "math"), _PLAIN, seed=1)),
+        tuning=_beside("bracketed", _styled(")", ("math", "code"), ("subtract", "reverse", "rotate"), seed=1)),
         test=_beside("dotted", _styled(".", ("math", "code"), _PLAIN, seed=2)),
     ),
     "foreign": Scenario(

@@ -1,7 +1,7 @@
 """Students trained in their own processes, cell by cell, and what they can do afterwards; a killed benchmark continues.
 
 A *cell* is one run of `moteach train` with some overrides. Its result lies in a file named by what was asked, so it is
-trained once; `code` in it says which source made it.
+trained once; `source` in it says which source code made it.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Cell:
 
 
 @cache
-def code_digest() -> str:
+def source_digest() -> str:
     """Hash of every source file and every config of the package."""
     digest = hashlib.sha256()
     for path in sorted([*Path(__file__).parent.parent.rglob("*.py"), *conf_dir().rglob("*.yaml")]):
@@ -68,7 +68,7 @@ def trained(
         tell: Called with each cell that was trained, in the order in which they end.
 
     Returns:
-        For each cell `steps`, `cpu_seconds`, `accuracy` by domain and `code`; or `error`, which is not kept.
+        For each cell `steps`, `cpu_seconds`, `accuracy` by domain and `source`; or `error`, which is not kept.
     """
     folder.mkdir(parents=True, exist_ok=True)
     found: dict[str, dict[str, Any]] = {}
@@ -123,7 +123,7 @@ def train_cell(cell: Cell) -> dict[str, Any]:
         run_app("train", [*cell.overrides, f"seed={cell.seed}", *_QUIET], task)
     except MoteachError as error:
         return {"error": str(error)}
-    return found | {"code": code_digest()}
+    return found | {"source": source_digest()}
 
 
 def _affordable(cfg: Any, seconds: float) -> int:

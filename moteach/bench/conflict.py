@@ -27,8 +27,9 @@ from moteach.errors import ConfigError, UnknownChoiceError, nearest
 
 REFERENCE = "label"
 """The arm that is told the labels of an oracle: it leaves out the teachers that are bad."""
-SETTINGS = ("data.evaluation_size=500", "sampler.prompts_per_step=96")
-"""Of every student, before the arm's own: half the prompts of the default run, so that a cell takes half a minute."""
+SETTINGS = ("data.evaluation_size=500",)
+"""Of every student, before the arm's own. 150 steps of the default run's 192 prompts reach 0.88 with labels and without bad
+teachers; 200 steps of 96 reached 0.81 in three quarters of the time."""
 _STEPS = 150
 _SCREEN_SECONDS = 20
 _WORDS = (
@@ -171,7 +172,7 @@ def _scores(plan: Plan, scenario: str, result: Mapping[str, Any]) -> dict[str, A
         "cpu_seconds": seconds,
         "per_cpu_second": each / seconds,
         "accuracy": dict(result["accuracy"]),
-        "code": result["code"],
+        "source": result["source"],
     }
 
 

@@ -25,9 +25,9 @@ from moteach.catalogue.packaged import cache_dir
 from moteach.errors import ConfigError, nearest
 
 SETTINGS: Mapping[str, tuple[str, ...]] = {
-    "single": ("data.evaluation_size=500", "sampler.prompts_per_step=96"),
+    "single": ("data.evaluation_size=500",),
     "composite": (
-        *("data.evaluation_size=500", "data.domains=[math,code,search,composite]", "sampler.prompts_per_step=96"),
+        *("data.evaluation_size=500", "data.domains=[math,code,search,composite]"),
         "sampler.mixture={math: 1, code: 0.6, search: 1.8, composite: 4}",
     ),
 }
@@ -128,7 +128,7 @@ def scores(part: str, result: Mapping[str, Any], compared: Mapping[str, Any]) ->
         "cpu_seconds": result["cpu_seconds"],
         "per_cpu_second": shown / result["cpu_seconds"],
         "accuracy": dict(result["accuracy"]),
-        "code": result["code"],
+        "source": result["source"],
     }
 
 
