@@ -160,7 +160,7 @@ def measured(plan: Plan, console: Console) -> list[dict[str, Any]]:
 
 def _scores(plan: Plan, scenario: str, result: Mapping[str, Any]) -> dict[str, Any]:
     team = SCENARIOS[scenario].team(plan.variant)
-    before, best = ceiling(team, plan.folder)
+    before, best = ceiling(team, plan.folder, plan.extra)
     scores = normalised(result["accuracy"], before, best)
     seconds = result["cpu_seconds"]
     each = mean(scores.values())
@@ -176,13 +176,14 @@ def _scores(plan: Plan, scenario: str, result: Mapping[str, Any]) -> dict[str, A
     }
 
 
-def ceiling(team: Team, folder: Path) -> tuple[dict[str, float], dict[str, float]]:
+def ceiling(team: Team, folder: Path, extra: Sequence[str] = ()) -> tuple[dict[str, float], dict[str, float]]:
     """Accuracy of the untrained student, and of the best teacher of each domain: the shipped one, or a good foreign one."""
-    shipped = references([*SETTINGS, "experts=[math,code,search]"], folder=folder / "cells")
+    shipped = references([*SETTINGS, "experts=[math,code,search]", *extra], folder=folder / "cells")
     best = {name: float(shipped["teachers"][name][name]) for name in ("math", "code", "search")}
     foreign = [name for name, fault in team.faults.items() if fault.kind == "foreign"]
     if foreign:
-        own = references([*SETTINGS, *team.overrides(folder / "teachers")], folder=folder / "cells")["teachers"]
+        asked = [*SETTINGS, *team.overrides(folder / "teachers"), *extra]
+        own = references(asked, folder=folder / "cells")["teachers"]
         best |= {domain: own[name][domain] for name in foreign for domain in team.faults[name].domains}
     return {name: float(value) for name, value in shipped["before"].items()}, best
 

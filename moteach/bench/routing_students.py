@@ -64,7 +64,7 @@ def run(argv: Sequence[str]) -> None:
     for part in parts:
         arms = {name: overrides for name, overrides in known[part].items() if name in names}
         pairs = cells(part, arms, seeds=seeds, steps=steps, seconds=seconds, extra=extra)
-        compared = references(SETTINGS[part], folder=folder, extra_domains=_EXTRA[part])
+        compared = references([*SETTINGS[part], *extra], folder=folder, extra_domains=_EXTRA[part])
         mine = measured(part, pairs, compared, folder=folder, workers=workers, console=console)
         rows += mine
         summary[part] = {"references": compared, "table": table(mine)}
