@@ -22,12 +22,12 @@ def run(argv: Sequence[str]) -> None:
     if not argv or argv[0] in ("-h", "--help", "help"):
         print("usage: moteach bench NAME [overrides] [out=FILE.json]\n")
         for name, about in known.items():
-            print(f"  {name:<10} {about}")
+            print(f"  {name:<17} {about}")
         return
     name, rest = argv[0], argv[1:]
     if name not in known:
         raise UnknownChoiceError(f"there is no benchmark '{name}'; {nearest(name, known)}")
-    importlib.import_module(f"moteach.bench.{name}").run(rest)
+    importlib.import_module(f"moteach.bench.{name.replace('-', '_')}").run(rest)
 
 
 def benchmarks() -> dict[str, str]:
@@ -36,5 +36,5 @@ def benchmarks() -> dict[str, str]:
     for path in sorted(_FOLDER.glob("*.py")):
         if not path.stem.startswith("_"):
             docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-            found[path.stem] = docstring.partition("\n")[0].rstrip(".")
+            found[path.stem.replace("_", "-")] = docstring.partition("\n")[0].rstrip(".")
     return found
