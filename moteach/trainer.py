@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -26,6 +27,7 @@ from moteach.gathering import Whole, gather_whole, join_outputs
 from moteach.learner import Learner
 from moteach.objectives.balance import balance_metrics
 from moteach.objectives.base import Scored, token_weights
+from moteach.objectives.conditioning import Conditioning
 from moteach.objectives.gating import gate_metrics, trace_of
 from moteach.objectives.lessons import GateLessons
 from moteach.objectives.metrics import rollout_metrics, teacher_metrics, token_metrics
@@ -71,6 +73,8 @@ class Trainer:
     """The model the student is held near to, with `mix.reference`; also what shifts are added to."""
     answers: Callable[[Sequence[Prompt]], RolloutBatch | None] | None = None
     """Writes the prompts' own answers as completions, with `mix.supervised`."""
+    conditioning: Conditioning | None = None
+    """Weights the teachers by right answers, for a resolver that needs them."""
     lessons: GateLessons | None = None
     """What a gate that learns is taught with."""
     identity: Mapping[str, Any] = field(default_factory=dict)
@@ -99,18 +103,29 @@ class Trainer:
                 prompts = self.ranks.share(self.sampler.next(step))
                 with whole(self.student):
                     rollouts = self.engine.generate(prompts, step=step, group_size=self.settings.group_size)
-            with self.watch("route"):
-                routing = self.router.route([rollout.prompt for rollout in rollouts.rollouts], rollouts)
-            with self.watch("score"):
-                evidence = self.teachers.score(rollouts, routing, support=self.settings.support, k=self.settings.k)
             with self.watch("record"):
                 rewards = self.grade(rollouts)
+            with self.watch("route"):
+                routing = self.router.route([rollout.prompt for rollout in rollouts.rollouts], rollouts)
+                routing, notes = self.condition(rollouts, routing, rewards)
+            with self.watch("score"):
+                evidence = self.teachers.score(rollouts, routing, support=self.settings.support, k=self.settings.k)
             with self.watch("update"):
                 output = self.update(step, rollouts, routing, evidence, rewards)
+                output = replace(output, metrics={**notes, **output.metrics})
             self.engine.sync(self.student.model, version=step + 1)
             self.record(step + 1, rollouts, routing, evidence, rewards, output)
             if self.checkpoint_due(step + 1):
                 self.save(step + 1)
+
+    def condition(
+        self, rollouts: RolloutBatch, routing: Routing, rewards: Sequence[float]
+    ) -> tuple[Routing, dict[str, float]]:
+        """Reweights the teachers by what they give to right answers, for a resolver that asks for it."""
+        if self.conditioning is None:
+            return routing, {}
+        ask = partial(self.teachers.score, support="sampled")
+        return self.conditioning(rollouts, routing, rewards, ask=ask)
 
     def update(
         self, step: int, rollouts: RolloutBatch, routing: Routing, evidence: Evidence, rewards: Sequence[float]

@@ -30,7 +30,14 @@ from moteach.config.checks import (
     drawn_prompts,
 )
 from moteach.config.connect import check_router_needs, connect_router
-from moteach.config.parts import build_balance, build_lessons, build_mix, build_objective, build_token_weights
+from moteach.config.parts import (
+    build_balance,
+    build_conditioning,
+    build_lessons,
+    build_mix,
+    build_objective,
+    build_token_weights,
+)
 from moteach.config.schema import IGNORED_ON_RESUME
 from moteach.config.teachers import hidden_dtype_of, memory_of
 from moteach.data.base import DEFAULT_DOMAIN, PromptSet, check_disjoint, domain_of, fingerprint, rows_by_domain
@@ -135,6 +142,7 @@ def assemble(cfg: DictConfig, *, trackers: Sequence[Tracker] = (), ranks: Ranks 
         mix=build_mix(cfg),
         reference=_reference(cfg, vocab_size=student.vocab_size),
         answers=Answers(tokenizer) if cfg.mix.supervised > 0 else None,
+        conditioning=build_conditioning(objective, Answers(tokenizer)),
         lessons=build_lessons(objective, Answers(tokenizer)),
         identity=identity_of(cfg, experts, prompts),
     )

@@ -8,8 +8,10 @@ from omegaconf import DictConfig
 
 from moteach.config.build import build
 from moteach.config.gates import build_gate
+from moteach.conflict.posterior import Conditioned
 from moteach.objectives.answers import Answers
 from moteach.objectives.balance import Balance
+from moteach.objectives.conditioning import Conditioning
 from moteach.objectives.lessons import GateLessons
 from moteach.objectives.mix import Mix, MixedObjective
 from moteach.objectives.token_weights import TokenWeighting
@@ -24,6 +26,12 @@ def build_objective(cfg: DictConfig, tokenizer: Any = None) -> MixedObjective:
         "divergence": build(cfg.divergence, where="divergence"),
     }
     return MixedObjective(build(cfg.objective, where="objective", **parts), build_mix(cfg))
+
+
+def build_conditioning(objective: MixedObjective, answers: Answers) -> Conditioning | None:
+    """Makes what conditions the teachers on right answers, for a resolver that does."""
+    resolver = objective.teaching.resolver
+    return Conditioning(resolver=resolver, answers=answers) if isinstance(resolver, Conditioned) else None
 
 
 def build_lessons(objective: MixedObjective, answers: Answers) -> GateLessons | None:

@@ -99,7 +99,7 @@ class InverseCE:
         self, weights: Float[Tensor, "packed teacher"], sequence_logprobs: Float[Tensor, "packed teacher"]
     ) -> Float[Tensor, "packed teacher"]:
         """Weights proportional to w_k exp(-CE_k)."""
-        return by_cross_entropy(weights, sequence_logprobs, temperature=1.0)
+        return tilted(weights, sequence_logprobs, temperature=1.0)
 
     def accumulator(self, **context: Tensor) -> Accumulator:
         """Starts a linear pool; it holds one distribution."""
@@ -153,7 +153,7 @@ class Perplexity:
         self, weights: Float[Tensor, "packed teacher"], sequence_logprobs: Float[Tensor, "packed teacher"]
     ) -> Float[Tensor, "packed teacher"]:
         """Weights proportional to w_k exp(-CE_k / temperature)."""
-        return by_cross_entropy(weights, sequence_logprobs, temperature=self.temperature)
+        return tilted(weights, sequence_logprobs, temperature=self.temperature)
 
     def accumulator(self, **context: Tensor) -> Accumulator:
         """Starts a geometric pool; it holds one distribution."""
@@ -166,17 +166,17 @@ class Perplexity:
         return Geometric().resolve_sampled(sampled_logprobs, weights)
 
 
-def by_cross_entropy(
-    weights: Float[Tensor, "packed teacher"], sequence_logprobs: Float[Tensor, "packed teacher"], *, temperature: float
-) -> Float[Tensor, "packed teacher"]:
-    """Computes w_k exp(l_k / temperature) / sum_j w_j exp(l_j / temperature), l the mean logprob of the completion.
+def tilted(
+    weights: Float[Tensor, "row teacher"], sequence_logprobs: Float[Tensor, "row teacher"], *, temperature: float
+) -> Float[Tensor, "row teacher"]:
+    """Computes w_k exp(l_k / temperature) / sum_j w_j exp(l_j / temperature), l the logprob of a text, mean or total.
 
-    Where every teacher with weight excludes the completion (l = -inf), the weights stay as they are.
+    Where every teacher with weight excludes the text (l = -inf), the weights stay as they are.
 
     Args:
         weights: Non-negative; a row that is all zero stays so.
-        sequence_logprobs: Mean logprobs; ignored where the weight is zero.
-        temperature: Nats per token, above 0.
+        sequence_logprobs: Logprobs; ignored where the weight is zero.
+        temperature: Nats, above 0.
 
     Returns:
         Weights that sum to one in each row that has any.
@@ -187,6 +187,6 @@ def by_cross_entropy(
     said = sequence_logprobs.to(weights.dtype).clamp(min=_LEAST).masked_fill(~heard, -math.inf)
     # the best teacher at 0: a temperature near zero may not overflow the others' and the excluded stay apart
     said = (said - said.amax(-1, keepdim=True)).masked_fill(~heard, -math.inf) / temperature
-    tilted = (weights.log() + said).masked_fill(~heard, -math.inf)
+    scores = (weights.log() + said).masked_fill(~heard, -math.inf)
     silent = ~heard.any(-1, keepdim=True)
-    return tilted.masked_fill(silent, 0.0).softmax(-1).masked_fill(silent, 0.0)
+    return scores.masked_fill(silent, 0.0).softmax(-1).masked_fill(silent, 0.0)

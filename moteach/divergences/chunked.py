@@ -47,7 +47,7 @@ __all__ = [
 ]
 
 _CONTEXT = frozenset({"student_logprobs", ANCHOR, REFERENCE})
-_SPENT = frozenset({"sequence_logprobs"})
+_SPENT = frozenset({"sequence_logprobs", "verified_logprobs"})
 """What a pool may need that is already in the weights when the kernel gets them."""
 _STATS = ("divergence", "student_entropy", "target_entropy", "neg_log_z")
 _MASSES = ("student_mass", "teacher_mass")

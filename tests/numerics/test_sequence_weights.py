@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moteach.conflict.base import resolve
 from moteach.conflict.pools import Geometric, Linear
-from moteach.conflict.sequence import InverseCE, MinCE, Perplexity, by_cross_entropy
+from moteach.conflict.sequence import InverseCE, MinCE, Perplexity, tilted
 from moteach.divergences.full import ReverseKL, reverse_kl
 from moteach.errors import ConfigError, RoutingError
 from moteach.learner import Learner
@@ -66,7 +66,7 @@ def test_a_teacher_that_scored_nothing_of_a_row_is_minus_infinite_there_and_has_
     found = sequence_logprobs(rollouts, given.routing, said)
     assert found[1, 0] == -math.inf
     torch.testing.assert_close(found[[0, 2]].double(), means(teachers)[[0, 2]], rtol=1e-6, atol=1e-6)
-    assert by_cross_entropy(torch.tensor([[0.5, 0.2, 0.3]]), found[1:2], temperature=1.0)[0, 0] == 0
+    assert tilted(torch.tensor([[0.5, 0.2, 0.3]]), found[1:2], temperature=1.0)[0, 0] == 0
 
 
 def test_evidence_without_hidden_states_or_logprobs_is_refused() -> None:
@@ -164,10 +164,10 @@ def test_weights_are_a_distribution_over_the_teachers_that_had_any(resolver: Any
 
 def test_the_ends_of_the_temperature_are_the_given_weights_and_min_ce() -> None:
     weights, said = torch.tensor([[0.2, 0.5, 0.3]]), torch.tensor([[-3.0, -4.0, -1.0]])
-    torch.testing.assert_close(by_cross_entropy(weights, said, temperature=math.inf), weights)
-    assert by_cross_entropy(weights, said, temperature=1e-30).tolist() == MinCE().reweigh(weights, said).tolist()
+    torch.testing.assert_close(tilted(weights, said, temperature=math.inf), weights)
+    assert tilted(weights, said, temperature=1e-30).tolist() == MinCE().reweigh(weights, said).tolist()
     excluded = torch.full_like(said, -math.inf)
-    torch.testing.assert_close(by_cross_entropy(weights, excluded, temperature=1.0), weights)
+    torch.testing.assert_close(tilted(weights, excluded, temperature=1.0), weights)
     with pytest.raises(ConfigError, match=r"conflict\.temperature: .*conflict=min_ce"):
         Perplexity(temperature=0.0)
 
