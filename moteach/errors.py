@@ -49,6 +49,10 @@ class DeadTeacherError(MoteachError, ValueError):
     """A teacher whose scores are not finite, or uniform over the vocabulary."""
 
 
+class TeacherUnavailableError(MoteachError, ConnectionError):
+    """A teacher that does not answer (a server that is down, a call that timed out); it may answer later."""
+
+
 class RoutingError(MoteachError, ValueError):
     """A prompt that the router may not give to any teacher."""
 

@@ -25,6 +25,8 @@ from moteach.routing.base import Router
 from moteach.routing.metrics import routing_metrics
 from moteach.students import Student
 from moteach.teachers.base import Teacher
+from moteach.teachers.failover import Failover
+from moteach.teachers.gating import NoTeacherGate, TeacherGate
 from moteach.teachers.pool import TeacherPool
 from moteach.tracking.base import Tracker
 from moteach.tracking.traces import Traces
@@ -112,6 +114,10 @@ class Trainer:
     """The model the student is held near to, with `mix.reference`."""
     answers: Callable[[Sequence[Prompt]], RolloutBatch | None] | None = None
     """Writes the prompts' own answers as completions, with `mix.supervised`."""
+    teacher_gate: TeacherGate = field(default_factory=NoTeacherGate)
+    """Who of the routed teachers may teach."""
+    failover: Failover = field(default_factory=Failover)
+    """What happens when a teacher fails."""
     identity: Mapping[str, Any] = field(default_factory=dict)
     """What must be the same on resume; saved with every checkpoint."""
     watch: Stopwatch = field(default_factory=Stopwatch)
@@ -134,16 +140,22 @@ class Trainer:
                 rollouts = self.engine.generate(prompts, step=step, group_size=self.settings.group_size)
             with self.watch("route"):
                 routing = self.router.route([rollout.prompt for rollout in rollouts.rollouts], rollouts)
+                routing = self.teacher_gate.admit(step, rollouts, routing)
             with self.watch("score"):
-                evidence = self.teachers.score(rollouts, routing, support=self.settings.support, k=self.settings.k)
+                evidence, routing = self.score(rollouts, routing)
             with self.watch("record"):
                 rewards = self.grade(rollouts)
+                self.teacher_gate.observe(rollouts, evidence, rewards)
             with self.watch("update"):
                 output = self.update(step, rollouts, routing, evidence, rewards)
             self.engine.sync(self.student.model, version=step + 1)
             self.record(step + 1, rollouts, routing, evidence, rewards, output)
             if self.checkpoint_due(step + 1):
                 self.save(step + 1)
+
+    def score(self, rollouts: RolloutBatch, routing: Routing) -> tuple[Evidence, Routing]:
+        """Asks the teachers; the routing comes back without those that failed."""
+        return self.failover.score(self.teachers, rollouts, routing, support=self.settings.support, k=self.settings.k)
 
     def update(
         self, step: int, rollouts: RolloutBatch, routing: Routing, evidence: Evidence, rewards: Sequence[float]
@@ -173,7 +185,10 @@ class Trainer:
         """Joins what the teachers said with what is mixed into their loss."""
         scored = Scored.of(rollouts, routing, evidence, normalise=self.learner.objective.normalise)
         if self.mix.outcome > 0:
-            scored = replace(scored, outcome_advantages=outcome_advantages(rollouts, rewards, self.mix))
+            advantages = outcome_advantages(rollouts, rewards, self.mix)
+            if self.teacher_gate.unverified == "outcome":
+                advantages = advantages * routing.abstained[rollouts.token_rows]
+            scored = replace(scored, outcome_advantages=advantages)
         if self.mix.reference > 0 and self.reference is not None:
             said = self.reference.score(rollouts, support="full")
             scored = replace(scored, reference=Evidence(teachers=(said,), num_tokens=rollouts.num_tokens))
@@ -214,7 +229,7 @@ class Trainer:
         """
         rollouts = self.engine.generate(prompts, step=self.settings.max_steps)
         routing = self.router.route([rollout.prompt for rollout in rollouts.rollouts], rollouts)
-        evidence = self.teachers.score(rollouts, routing, support=self.settings.support, k=self.settings.k)
+        evidence, routing = self.score(rollouts, routing)
         scored = Scored.of(rollouts, routing, evidence, normalise=self.learner.objective.normalise)
         found = token_metrics(rollouts, self.learner.loss(scored, weigh=False).token_stats)
         domains = {key.partition("/")[2]: value for key, value in found.items() if key.startswith("divergence/")}
@@ -245,6 +260,8 @@ class Trainer:
                 **rollout_metrics(rollouts, rewards),
                 **routing_metrics(routing),
                 **teacher_metrics(evidence),
+                **self.teacher_gate.metrics(),
+                **self.failover.metrics(self.teachers.teacher_ids),
                 **self.sampler.metrics(),
                 **output.metrics,
             }
@@ -272,6 +289,7 @@ class Trainer:
             "sampler": self.sampler.state_dict(),
             "router": self.router.state_dict(),
             "balance": self.learner.balance.state_dict(),
+            "teacher_gate": self.teacher_gate.state_dict(),
         }
         tensors = {
             "student": trained_tensors(self.student),
@@ -289,6 +307,7 @@ class Trainer:
         self.sampler.load_state_dict(state["sampler"])
         self.router.load_state_dict(state["router"])
         self.learner.balance.load_state_dict(state["balance"])
+        self.teacher_gate.load_state_dict(state["teacher_gate"])
 
 
 def _joined(outputs: Sequence[LossOutput], places: Sequence[Tensor]) -> LossOutput:

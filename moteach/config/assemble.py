@@ -27,15 +27,24 @@ from moteach.config.checks import (
     check_teachers,
     drawn_prompts,
 )
-from moteach.config.parts import build_balance, build_mix, build_objective, build_token_weights
+from moteach.config.parts import (
+    build_balance,
+    build_failure_policy,
+    build_mix,
+    build_objective,
+    build_teacher_gate,
+    build_token_weights,
+)
 from moteach.config.schema import IGNORED_ON_RESUME
 from moteach.data.base import DEFAULT_DOMAIN, PromptSet, check_disjoint, domain_of, fingerprint, rows_by_domain
 from moteach.errors import ConfigError, nearest
+from moteach.evaluation.examiner import TeacherExaminer
 from moteach.evaluation.runner import grade_rollouts
 from moteach.learner import Learner
 from moteach.objectives.answers import Answers
 from moteach.rollouts.base import RolloutEngine
 from moteach.students import Student
+from moteach.teachers.failover import Failover
 from moteach.teachers.hf import HFTeacher
 from moteach.teachers.pool import TeacherPool
 from moteach.tracking.base import Tracker, redact
@@ -118,6 +127,8 @@ def assemble(cfg: DictConfig, *, trackers: Sequence[Tracker] = ()) -> Job:
         mix=build_mix(cfg),
         reference=_reference(cfg, vocab_size=student.vocab_size),
         answers=Answers(tokenizer) if cfg.mix.supervised > 0 else None,
+        teacher_gate=build_teacher_gate(cfg),
+        failover=Failover(policy=build_failure_policy(cfg)),
         identity=identity_of(cfg, experts, prompts),
     )
     job = Job(cfg=cfg, run_dir=run_dir, trainer=trainer, prompts=prompts, experts=experts, tokenizer=tokenizer)
@@ -150,6 +161,22 @@ def _check(job: Job) -> None:
     check_lengths(trainer.engine, drawn, held_out, held_out_limit=cfg.eval.max_new_tokens)
     check_first_step(trainer.sampler)
     check_teachers(job.experts, trainer.student, trainer.teachers)
+    if trainer.teacher_gate.examines:
+        _bind_examiner(job)
+
+
+def _bind_examiner(job: Job) -> None:
+    """Lets the gate ask the teachers for answers of their own."""
+    examiner = TeacherExaminer(
+        teachers=job.trainer.teachers,
+        engine_for=job.engine_for,
+        grade=grade_prompt,
+        decode=decoder(job.tokenizer),
+        train=job.prompts.train,
+        seed=job.cfg.seed,
+    )
+    examiner.check()
+    job.trainer.teacher_gate.bind(examiner)
 
 
 def decoder(tokenizer: Any) -> Callable[[Sequence[int]], str]:

@@ -45,6 +45,8 @@ class TeachersConfig:
 
     max_tokens_per_forward: int = 16384
     """Padded tokens in one teacher forward; bounds the memory of scoring."""
+    on_failure: str = "stop"
+    """Rows of a teacher that is dead or does not answer: `stop`, `drop`, `renormalise` or `fallback:<expert>`."""
 
 
 @dataclass
@@ -143,6 +145,7 @@ class TrainConfig:
     team: str | None = None
     """Name of the mix of experts that was chosen, if any."""
     router: Any = MISSING
+    teacher_gate: Any = MISSING
     gate: Any = MISSING
     conflict: Any = MISSING
     objective: Any = MISSING
@@ -230,7 +233,7 @@ class SpecializeConfig:
 
 
 COMPONENT_GROUPS = (
-    *("router", "gate", "conflict", "objective", "divergence", "balance", "sampler", "rollout", "data"),
+    *("router", "teacher_gate", "gate", "conflict", "objective", "divergence", "balance", "sampler", "rollout", "data"),
 )
 """Groups whose node is one component: `_target_` and its arguments."""
 

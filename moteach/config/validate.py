@@ -13,7 +13,13 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from moteach.config.build import constructor_parameters, resolve_target
-from moteach.config.parts import build_balance, build_objective, build_token_weights
+from moteach.config.parts import (
+    build_balance,
+    build_failure_policy,
+    build_objective,
+    build_teacher_gate,
+    build_token_weights,
+)
 from moteach.config.schema import COMPONENT_GROUPS, MULTI_GROUPS
 from moteach.errors import ConfigError, UnsupportedCombinationError, nearest
 from moteach.paths import conf_dir
@@ -190,6 +196,12 @@ def check_learning(cfg: DictConfig) -> None:
         raise UnsupportedCombinationError(
             f"conflict.sequence_penalty={penalty} is read by objective=divergence alone, got {type(objective.main).__name__}, "
             "which does not see -log Z; it would be ignored. Choose objective=divergence, or set it to 0"
+        )
+    build_failure_policy(cfg)
+    if build_teacher_gate(cfg).unverified == "outcome" and not cfg.mix.outcome > 0:
+        raise ConfigError(
+            f"teacher_gate.unverified=outcome needs mix.outcome above 0, got {cfg.mix.outcome}; rows without a teacher would "
+            "teach nothing. Set mix.outcome (and group_size), or choose teacher_gate.unverified=skip"
         )
     if cfg.mix.outcome > 0 and cfg.group_size < 2:
         raise ConfigError(

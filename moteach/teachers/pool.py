@@ -93,20 +93,19 @@ class TeacherPool:
             UnsupportedCombinationError: A teacher does not offer the support.
             DeadTeacherError: Scores are not finite.
         """
-        prompts = tuple(rollout.prompt.prompt_id for rollout in rollouts.rollouts)
-        if prompts != routing.prompt_ids:
-            raise RoutingError(
-                f"expected a routing of the batch's own prompts, got {len(routing.prompt_ids)} prompt ids that "
-                "differ from the "
-                f"batch's {len(prompts)}; rows would be graded by the wrong teacher"
-            )
-        found = []
-        for teacher_id in routing.teacher_ids:
-            rows = routing.rows_of(teacher_id)
-            tokens = torch.isin(rollouts.token_rows, rows).nonzero(as_tuple=True)[0]
-            if len(tokens):
-                found.append(self._ask(self.get(teacher_id), rollouts.select(rows.tolist()), tokens, support, k))
-        return Evidence(teachers=tuple(found), num_tokens=rollouts.num_tokens)
+        check_rows(rollouts, routing)
+        found = [self.ask(name, rollouts, routing, support=support, k=k) for name in routing.teacher_ids]
+        return Evidence(teachers=tuple(entry for entry in found if entry is not None), num_tokens=rollouts.num_tokens)
+
+    def ask(
+        self, teacher_id: str, rollouts: RolloutBatch, routing: Routing, *, support: Support, k: int | None = None
+    ) -> TeacherEvidence | None:
+        """Asks one teacher about the rows it was given; None when they hold no trained token. Raises as `score` does."""
+        rows = routing.rows_of(teacher_id)
+        tokens = torch.isin(rollouts.token_rows, rows).nonzero(as_tuple=True)[0]
+        if not len(tokens):
+            return None
+        return self._ask(self.get(teacher_id), rollouts.select(rows.tolist()), tokens, support, k)
 
     def _ask(
         self, teacher: Teacher, part: RolloutBatch, tokens: Int[Tensor, " scored"], support: Support, k: int | None
@@ -126,6 +125,21 @@ class TeacherPool:
             if values is not None and not bool(torch.isfinite(values).all()):
                 raise dead(teacher.teacher_id, what)
         return dataclasses.replace(said, teacher_id=teacher.teacher_id, tokens=tokens[said.tokens])
+
+
+def check_rows(rollouts: RolloutBatch, routing: Routing) -> None:
+    """Refuses a routing of other prompts than the batch.
+
+    Raises:
+        RoutingError: Says how many differ.
+    """
+    prompts = tuple(rollout.prompt.prompt_id for rollout in rollouts.rollouts)
+    if prompts != routing.prompt_ids:
+        raise RoutingError(
+            f"expected a routing of the batch's own prompts, got {len(routing.prompt_ids)} prompt ids that "
+            "differ from the "
+            f"batch's {len(prompts)}; rows would be graded by the wrong teacher"
+        )
 
 
 def build_teachers(
