@@ -5,20 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from moteach.checkpoint import (
-    Checkpoints,
-    flatten_optimizer,
-    optimized,
-    restore_optimizer,
-    restore_tensors,
-    trained_tensors,
-)
+from moteach.checkpoint import Checkpoints
 from moteach.data.feedback import feedback_of
 from moteach.data.sampling import Sampler
 from moteach.distributed import Ranks, full
@@ -35,10 +27,13 @@ from moteach.objectives.mix import Mix, outcome_advantages
 from moteach.rollouts.base import RolloutEngine
 from moteach.routing.base import ObservingRouter, Router, RoutingFeedback
 from moteach.routing.metrics import routing_metrics
+from moteach.saving import resume, save
 from moteach.settings import TrainerSettings
 from moteach.sharding import whole
 from moteach.students import Student
 from moteach.teachers.base import Teacher
+from moteach.teachers.failover import Failover
+from moteach.teachers.gating import NoTeacherGate, TeacherGate
 from moteach.teachers.pool import TeacherPool
 from moteach.teachers.reuse import ReusingTeachers
 from moteach.tracking.base import Tracker
@@ -77,6 +72,10 @@ class Trainer:
     """Weights the teachers by right answers, for a resolver that needs them."""
     lessons: GateLessons | None = None
     """What a gate that learns is taught with."""
+    teacher_gate: TeacherGate = field(default_factory=NoTeacherGate)
+    """Who of the routed teachers may teach."""
+    failover: Failover = field(default_factory=Failover)
+    """What happens when a teacher fails."""
     identity: Mapping[str, Any] = field(default_factory=dict)
     """What must be the same on resume; saved with every checkpoint."""
     watch: Stopwatch = field(default_factory=Stopwatch)
@@ -107,9 +106,11 @@ class Trainer:
                 rewards = self.grade(rollouts)
             with self.watch("route"):
                 routing = self.router.route([rollout.prompt for rollout in rollouts.rollouts], rollouts)
+                routing = self.teacher_gate.admit(step, rollouts, routing)
                 routing, notes = self.condition(rollouts, routing, rewards)
             with self.watch("score"):
-                evidence = self.teachers.score(rollouts, routing, support=self.settings.support, k=self.settings.k)
+                evidence, routing = self.score(rollouts, routing)
+                self.teacher_gate.observe(rollouts, evidence, rewards)
             with self.watch("update"):
                 output = self.update(step, rollouts, routing, evidence, rewards)
                 output = replace(output, metrics={**notes, **output.metrics})
@@ -124,8 +125,15 @@ class Trainer:
         """Reweights the teachers by what they give to right answers, for a resolver that asks for it."""
         if self.conditioning is None:
             return routing, {}
-        ask = partial(self.teachers.score, support="sampled")
+
+        def ask(known: RolloutBatch, given: Routing) -> Evidence:
+            return self.failover.score(self.teachers, known, given, support="sampled")[0]
+
         return self.conditioning(rollouts, routing, rewards, ask=ask)
+
+    def score(self, rollouts: RolloutBatch, routing: Routing) -> tuple[Evidence, Routing]:
+        """Asks the teachers; the routing comes back without those that failed."""
+        return self.failover.score(self.teachers, rollouts, routing, support=self.settings.support, k=self.settings.k)
 
     def update(
         self, step: int, rollouts: RolloutBatch, routing: Routing, evidence: Evidence, rewards: Sequence[float]
@@ -157,13 +165,17 @@ class Trainer:
     def ask(self, rollouts: RolloutBatch) -> tuple[Routing, Evidence]:
         """Routes and scores completions."""
         routing = self.router.route([rollout.prompt for rollout in rollouts.rollouts], rollouts)
-        return routing, self.teachers.score(rollouts, routing, support=self.settings.support, k=self.settings.k)
+        evidence, routing = self.score(rollouts, routing)
+        return routing, evidence
 
     def scored(self, rollouts: RolloutBatch, routing: Routing, evidence: Evidence, rewards: Sequence[float]) -> Scored:
         """Joins what the teachers said with what is mixed into their loss."""
         scored = self.unmixed(rollouts, routing, evidence)
         if self.mix.outcome > 0:
-            scored = replace(scored, outcome_advantages=outcome_advantages(rollouts, rewards, self.mix))
+            advantages = outcome_advantages(rollouts, rewards, self.mix)
+            if self.teacher_gate.unverified == "outcome":
+                advantages = advantages * routing.abstained[rollouts.token_rows]
+            scored = replace(scored, outcome_advantages=advantages)
         if self.mix.reference > 0 and self.reference is not None:
             said = self.reference.score(rollouts, support="full")
             scored = replace(scored, reference=Evidence(teachers=(said,), num_tokens=rollouts.num_tokens))
@@ -271,6 +283,8 @@ class Trainer:
                 **gate_metrics(seen.rollouts, seen.routing, seen.stats),
                 **teacher_metrics(seen.evidence),
                 **self.teachers.lap(),
+                **self.teacher_gate.metrics(),
+                **self.failover.metrics(self.teachers.teacher_ids),
                 **self.sampler.metrics(),
                 **output.metrics,
             }
@@ -311,39 +325,8 @@ class Trainer:
 
     def save(self, step: int) -> None:
         """Flushes the traces, then writes a checkpoint with everything the next step depends on."""
-        if self.ranks.is_first:
-            self.traces.flush(step)
-        buffers, groups = flatten_optimizer(self.optimizer)
-        state = {
-            "step": step,
-            "identity": dict(self.identity),
-            "optimizer_groups": groups,
-            "sampler": self.sampler.state_dict(),
-            "router": self.router.state_dict(),
-            "balance": self.learner.balance.state_dict(),
-        }
-        tensors = {
-            "student": trained_tensors(self.student),
-            "optimizer": buffers,
-            "rng": {"torch": torch.get_rng_state()},
-        }
-        if self.lessons is not None:
-            state["gate"] = self.lessons.gate.state_dict()
-            tensors["gate"] = self.lessons.gate.tensors()
-        self.checkpoints.save(step, tensors=tensors, state=state)
+        save(self, step)
 
     def resume(self, step: int) -> None:
         """Restores the checkpoint of `step`."""
-        like = {
-            "student": trained_tensors(self.student),
-            "optimizer": {str(index): parameter for index, parameter in enumerate(optimized(self.optimizer))},
-        }
-        tensors, state = self.checkpoints.load(step, like=like)
-        restore_tensors(self.student, tensors["student"])
-        restore_optimizer(self.optimizer, tensors.get("optimizer", {}), state["optimizer_groups"])
-        torch.set_rng_state(tensors["rng"]["torch"])
-        self.sampler.load_state_dict(state["sampler"])
-        self.router.load_state_dict(state["router"])
-        self.learner.balance.load_state_dict(state["balance"])
-        if self.lessons is not None:
-            self.lessons.gate.load_state_dict(state["gate"], tensors.get("gate", {}))
+        resume(self, step)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,7 +12,6 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from moteach.catalogue.modeling import load_tokenizer
-from moteach.catalogue.packaged import resolve_location
 from moteach.catalogue.spec import ExpertSpec, require_built
 from moteach.checkpoint import Checkpoints
 from moteach.config.build import build
@@ -30,19 +28,22 @@ from moteach.config.checks import (
     drawn_prompts,
 )
 from moteach.config.connect import check_router_needs, connect_router
+from moteach.config.identity import identity_of
 from moteach.config.parts import (
     build_balance,
     build_conditioning,
+    build_failure_policy,
     build_lessons,
     build_mix,
     build_objective,
+    build_teacher_gate,
     build_token_weights,
 )
-from moteach.config.schema import IGNORED_ON_RESUME
 from moteach.config.teachers import hidden_dtype_of, memory_of
-from moteach.data.base import DEFAULT_DOMAIN, PromptSet, check_disjoint, domain_of, fingerprint, rows_by_domain
+from moteach.data.base import DEFAULT_DOMAIN, PromptSet, check_disjoint, domain_of, rows_by_domain
 from moteach.distributed import Ranks
 from moteach.errors import ConfigError, nearest
+from moteach.evaluation.examiner import TeacherExaminer
 from moteach.evaluation.runner import grade_rollouts
 from moteach.learner import Learner
 from moteach.objectives.answers import Answers
@@ -50,9 +51,10 @@ from moteach.rollouts.base import RolloutEngine
 from moteach.settings import TrainerSettings
 from moteach.sharding import shard
 from moteach.students import Student
+from moteach.teachers.failover import Failover
 from moteach.teachers.hf import HFTeacher
 from moteach.teachers.pool import TeacherPool
-from moteach.tracking.base import Tracker, redact
+from moteach.tracking.base import Tracker
 from moteach.tracking.traces import Traces
 from moteach.trainer import Trainer
 from moteach.types import Prompt
@@ -144,6 +146,8 @@ def assemble(cfg: DictConfig, *, trackers: Sequence[Tracker] = (), ranks: Ranks 
         answers=Answers(tokenizer) if cfg.mix.supervised > 0 else None,
         conditioning=build_conditioning(objective, Answers(tokenizer)),
         lessons=build_lessons(objective, Answers(tokenizer)),
+        teacher_gate=build_teacher_gate(cfg),
+        failover=Failover(policy=build_failure_policy(cfg)),
         identity=identity_of(cfg, experts, prompts),
     )
     connect_router(trainer)
@@ -184,6 +188,22 @@ def _check(job: Job) -> None:
     check_ranks(trainer)
     check_references(trainer.learner.objective.needs, job.experts, trainer.teachers)
     check_teachers(job.experts, trainer.student, trainer.teachers, support=cfg.support.name, k=cfg.support.k)
+    if trainer.teacher_gate.examines:
+        _bind_examiner(job)
+
+
+def _bind_examiner(job: Job) -> None:
+    """Lets the gate ask the teachers for answers of their own."""
+    examiner = TeacherExaminer(
+        teachers=job.trainer.teachers,
+        engine_for=job.engine_for,
+        grade=grade_prompt,
+        decode=decoder(job.tokenizer),
+        train=job.prompts.train,
+        seed=job.cfg.seed,
+    )
+    examiner.check()
+    job.trainer.teacher_gate.bind(examiner)
 
 
 def _served(cfg: DictConfig) -> dict[str, Any]:
@@ -282,43 +302,6 @@ def untaught_domains(prompts: PromptSet, experts: Sequence[ExpertSpec]) -> tuple
     """Domains of the training prompts that get no share, see `domain_weights`."""
     shares = domain_weights(prompts, experts)
     return tuple(domain for domain, share in shares.items() if share == 0)
-
-
-def identity_of(cfg: DictConfig, experts: Sequence[ExpertSpec], prompts: PromptSet) -> dict[str, Any]:
-    """What must not change between a run and its resumption: config keys, weights of every model, the prompts."""
-    plain = OmegaConf.to_container(cfg, resolve=True)
-    assert isinstance(plain, dict)
-    kept = {str(key): value for key, value in plain.items() if key not in IGNORED_ON_RESUME}
-    identity = dict(_flat(redact(kept)))
-    for expert in experts:
-        # a server may move; what it serves may not change
-        identity.pop(f"experts.{expert.name}.url", None)
-        served = expert.url is not None and expert.model is None
-        digest = "behind a server" if served else weights_digest(expert.weights, expert.revision)
-        identity[f"experts.{expert.name} (weights)"] = digest
-    identity["student.model (weights)"] = weights_digest(cfg.student.model, cfg.student.revision)
-    if cfg.teachers.hidden_dtype is not None:
-        identity["teachers.hidden_dtype"] = cfg.teachers.hidden_dtype
-    identity["data (prompts)"] = fingerprint(prompts)
-    return identity
-
-
-def weights_digest(model: str, revision: str | None) -> str:
-    """sha256 over the weight files of a folder; the revision for a model that is not on this disk."""
-    folder = Path(resolve_location(model))
-    if not folder.is_dir():
-        return f"{model}@{revision}"
-    digest = hashlib.sha256()
-    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*config.json")]):
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
-
-
-def _flat(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
-    if isinstance(value, Mapping):
-        return [pair for key, child in value.items() for pair in _flat(child, f"{prefix}{key}.")]
-    return [(prefix.rstrip("."), value)]
 
 
 def taught_domains(cfg: DictConfig, prompts: PromptSet, experts: Sequence[ExpertSpec]) -> tuple[str, ...]:

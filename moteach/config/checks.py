@@ -80,6 +80,7 @@ def check_ranks(trainer: Trainer) -> None:
     parts = {
         "a router that learns while it routes": isinstance(trainer.router, ObservingRouter),
         "a gate that learns": trainer.lessons is not None,
+        f"teacher_gate={trainer.teacher_gate.name}": trainer.teacher_gate.name != "none",
         "a resolver that operates on gradients": trainer.learner.surgery is not None,
     }
     if found := [name for name, here in parts.items() if here]:

@@ -16,6 +16,8 @@ from moteach.objectives.lessons import GateLessons
 from moteach.objectives.mix import Mix, MixedObjective
 from moteach.objectives.token_weights import TokenWeighting
 from moteach.routing.learned_gate import learning_part
+from moteach.teachers.failover import FailurePolicy
+from moteach.teachers.gating import TeacherGate
 
 
 def build_objective(cfg: DictConfig, tokenizer: Any = None) -> MixedObjective:
@@ -67,3 +69,14 @@ def build_balance(cfg: DictConfig) -> Balance:
     """Makes the balance between domains."""
     balance: Balance = build(cfg.balance, where="balance")
     return balance
+
+
+def build_teacher_gate(cfg: DictConfig) -> TeacherGate:
+    """Makes the gate between routing and scoring."""
+    gate: TeacherGate = build(cfg.teacher_gate, where="teacher_gate")
+    return gate
+
+
+def build_failure_policy(cfg: DictConfig) -> FailurePolicy:
+    """Reads what happens when a teacher fails."""
+    return FailurePolicy.parse(cfg.teachers.on_failure, experts=[str(name) for name in cfg.experts])

@@ -79,6 +79,8 @@ class TeachersConfig:
     allowed_hosts: list[str] = field(default_factory=lambda: list(LOOPBACK))
     """Hosts that cards with `url:` may name."""
     http: HttpConfig = field(default_factory=HttpConfig)
+    on_failure: str = "stop"
+    """Rows of a teacher that is dead or does not answer: `stop`, `drop`, `renormalise` or `fallback:<expert>`."""
 
 
 @dataclass
@@ -177,6 +179,7 @@ class TrainConfig:
     team: str | None = None
     """Name of the mix of experts that was chosen, if any."""
     router: Any = MISSING
+    teacher_gate: Any = MISSING
     gate: Any = MISSING
     conflict: Any = MISSING
     objective: Any = MISSING
@@ -268,7 +271,7 @@ class SpecializeConfig:
 
 
 COMPONENT_GROUPS = (
-    *("router", "gate", "conflict", "objective", "divergence", "balance", "sampler", "rollout", "data"),
+    *("router", "teacher_gate", "gate", "conflict", "objective", "divergence", "balance", "sampler", "rollout", "data"),
 )
 """Groups whose node is one component: `_target_` and its arguments."""
 

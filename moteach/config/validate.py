@@ -13,7 +13,13 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from moteach.config.build import constructor_parameters, resolve_target
-from moteach.config.parts import build_balance, build_objective, build_token_weights
+from moteach.config.parts import (
+    build_balance,
+    build_failure_policy,
+    build_objective,
+    build_teacher_gate,
+    build_token_weights,
+)
 from moteach.config.schema import COMPONENT_GROUPS, MULTI_GROUPS
 from moteach.config.teachers import hidden_dtype_of, memory_of
 from moteach.errors import ConfigError, UnsupportedCombinationError, nearest
@@ -203,6 +209,12 @@ def check_learning(cfg: DictConfig) -> None:
             "which does not see -log Z; it would be ignored. Choose objective=divergence, or set it to 0"
         )
     check_aggregate(cfg, objective)
+    build_failure_policy(cfg)
+    if build_teacher_gate(cfg).unverified == "outcome" and not cfg.mix.outcome > 0:
+        raise ConfigError(
+            f"teacher_gate.unverified=outcome needs mix.outcome above 0, got {cfg.mix.outcome}; rows without a teacher would "
+            "teach nothing. Set mix.outcome (and group_size), or choose teacher_gate.unverified=skip"
+        )
     if cfg.mix.outcome > 0 and cfg.group_size < 2:
         raise ConfigError(
             f"mix.outcome={cfg.mix.outcome} needs group_size of at least 2, got {cfg.group_size}; a completion's advantage is "

@@ -122,13 +122,7 @@ class TeacherPool:
             UnsupportedCombinationError: A teacher does not offer the support.
             DeadTeacherError: Scores are not finite.
         """
-        prompts = tuple(rollout.prompt.prompt_id for rollout in rollouts.rollouts)
-        if prompts != routing.prompt_ids:
-            raise RoutingError(
-                f"expected a routing of the batch's own prompts, got {len(routing.prompt_ids)} prompt ids that "
-                "differ from the "
-                f"batch's {len(prompts)}; rows would be graded by the wrong teacher"
-            )
+        check_rows(rollouts, routing)
         asked = []
         token_rows = rollouts.token_rows
         for teacher_id in routing.teacher_ids:
@@ -144,6 +138,16 @@ class TeacherPool:
             part = rollouts.select(rows.tolist())
             found.append(self._ask(teacher, part, tokens, support, k, ready.get(teacher.teacher_id)))
         return Evidence(teachers=tuple(found), num_tokens=rollouts.num_tokens)
+
+    def ask(
+        self, teacher_id: str, rollouts: RolloutBatch, routing: Routing, *, support: Support, k: int | None = None
+    ) -> TeacherEvidence | None:
+        """Asks one teacher about the rows it was given; None when they hold no trained token. Raises as `score` does."""
+        rows = routing.rows_of(teacher_id)
+        tokens = torch.isin(rollouts.token_rows, rows).nonzero(as_tuple=True)[0]
+        if not len(tokens):
+            return None
+        return self._ask(self.get(teacher_id), rollouts.select(rows.tolist()), tokens, support, k)
 
     def score_references(
         self, rollouts: RolloutBatch, routing: Routing, *, support: Support, k: int | None = None
@@ -184,6 +188,21 @@ def store_of(*, max_resident: int | None, memory: int | None, device: str) -> Mo
     if memory is not None:
         return MappedStore(memory=memory, device=device)
     return ModelStore(max_resident=max_resident, device=device)
+
+
+def check_rows(rollouts: RolloutBatch, routing: Routing) -> None:
+    """Refuses a routing of other prompts than the batch.
+
+    Raises:
+        RoutingError: Says how many differ.
+    """
+    prompts = tuple(rollout.prompt.prompt_id for rollout in rollouts.rollouts)
+    if prompts != routing.prompt_ids:
+        raise RoutingError(
+            f"expected a routing of the batch's own prompts, got {len(routing.prompt_ids)} prompt ids that "
+            "differ from the "
+            f"batch's {len(prompts)}; rows would be graded by the wrong teacher"
+        )
 
 
 def build_teachers(

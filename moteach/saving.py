@@ -1,0 +1,55 @@
+"""What a checkpoint of a run holds: everything the next step depends on."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from moteach.checkpoint import flatten_optimizer, optimized, restore_optimizer, restore_tensors, trained_tensors
+
+if TYPE_CHECKING:
+    from moteach.trainer import Trainer
+
+
+def save(trainer: Trainer, step: int) -> None:
+    """Flushes the traces, then writes a checkpoint with everything the next step depends on."""
+    if trainer.ranks.is_first:
+        trainer.traces.flush(step)
+    buffers, groups = flatten_optimizer(trainer.optimizer)
+    state = {
+        "step": step,
+        "identity": dict(trainer.identity),
+        "optimizer_groups": groups,
+        "sampler": trainer.sampler.state_dict(),
+        "router": trainer.router.state_dict(),
+        "balance": trainer.learner.balance.state_dict(),
+        "teacher_gate": trainer.teacher_gate.state_dict(),
+    }
+    tensors = {
+        "student": trained_tensors(trainer.student),
+        "optimizer": buffers,
+        "rng": {"torch": torch.get_rng_state()},
+    }
+    if trainer.lessons is not None:
+        state["gate"] = trainer.lessons.gate.state_dict()
+        tensors["gate"] = trainer.lessons.gate.tensors()
+    trainer.checkpoints.save(step, tensors=tensors, state=state)
+
+
+def resume(trainer: Trainer, step: int) -> None:
+    """Restores the checkpoint of `step`."""
+    like = {
+        "student": trained_tensors(trainer.student),
+        "optimizer": {str(index): parameter for index, parameter in enumerate(optimized(trainer.optimizer))},
+    }
+    tensors, state = trainer.checkpoints.load(step, like=like)
+    restore_tensors(trainer.student, tensors["student"])
+    restore_optimizer(trainer.optimizer, tensors.get("optimizer", {}), state["optimizer_groups"])
+    torch.set_rng_state(tensors["rng"]["torch"])
+    trainer.sampler.load_state_dict(state["sampler"])
+    trainer.router.load_state_dict(state["router"])
+    trainer.learner.balance.load_state_dict(state["balance"])
+    trainer.teacher_gate.load_state_dict(state["teacher_gate"])
+    if trainer.lessons is not None:
+        trainer.lessons.gate.load_state_dict(state["gate"], tensors.get("gate", {}))
