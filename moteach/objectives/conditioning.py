@@ -45,9 +45,10 @@ class Conditioning:
             The routing, and `posterior/known` (share of rows with a right answer), `posterior/ignorant` (share of rows that
             lost their last teacher) and `posterior/teachers` (mean number of teachers left, exp of the entropy of the weights).
         """
-        known = self._right(rollouts, rewards)
         weights = routing.weights
-        if known is not None and weights.shape[1]:
+        # one teacher a row is nothing to choose from, and asking it would cost a forward
+        known = self._right(rollouts, rewards) if bool(((weights > 0).sum(dim=1) > 1).any()) else None
+        if known is not None:
             totals, lengths = self._scored(known, rollouts, routing, ask)
             weights = self.resolver.condition(weights, totals, lengths)
             share = float((lengths > 0).double().mean())
