@@ -45,7 +45,8 @@ def references(overrides: Sequence[str], *, folder: Path, extra_domains: Sequenc
             kinds = {domain: models[e.name] for e in reversed(job.experts) for domain in e.domains}
             found["step_oracle"] = step_oracle(job, kinds)
 
-    run_app("train", [*overrides, "tracker=[]", "threads=1"], task)
+    # nobody is routed here; labels would refuse prompts that no expert claims
+    run_app("train", ["router=uniform", *overrides, "tracker=[]", "threads=1"], task)
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return found
