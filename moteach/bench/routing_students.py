@@ -2,7 +2,7 @@
 
 More words: [steps=150] or [seconds=S] a cell, [workers=1], [cache=DIR]; every other argument goes to each `moteach train`.
 Part `single` trains on prompts of one domain each and normalises by the teachers. Part `composite` trains on prompts that need
-two experts in one answer as well, and normalises their accuracy by the step oracle: greedy decoding where each token comes
+two experts in one answer, and normalises their accuracy by the step oracle: greedy decoding where each token comes
 from the expert of its step's kind. A killed benchmark continues where it was.
 """
 
@@ -28,10 +28,11 @@ SETTINGS: Mapping[str, tuple[str, ...]] = {
     "single": ("data.evaluation_size=500",),
     "composite": (
         *("data.evaluation_size=500", "data.domains=[math,code,search,composite]"),
-        "sampler.mixture={math: 1, code: 0.6, search: 1.8, composite: 4}",
+        *("sampler.mixture={composite: 1}", "sampler.prompts_per_step=64"),
     ),
 }
-"""Of every student of a part, before the arm's own. Nobody claims composites, so their share is said."""
+"""Of every student of a part, before the arm's own. Nobody claims composites, so their share is said; their completions are
+longer, so a step has fewer of them."""
 _EXTRA: Mapping[str, tuple[str, ...]] = {"single": (), "composite": ("composite",)}
 _STEPS = 150
 _WORDS = ("parts", "arms", "only", "seeds", "steps", "seconds", "workers", "cache", "out")
