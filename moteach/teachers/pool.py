@@ -132,9 +132,10 @@ class TeacherPool:
                 asked.append((self.get(teacher_id), rows, tokens))
         ready = score_mixed([(teacher, rows) for teacher, rows, _ in asked], rollouts, support=support, k=k)
         found = []
-        for (teacher, rows, tokens), following in zip(asked, [*asked[1:], None], strict=True):
-            if following is not None and hasattr(following[0], "prepare"):
-                following[0].prepare()
+        for place, (teacher, rows, tokens) in enumerate(asked):
+            following = asked[place + 1][0] if place + 1 < len(asked) else None
+            if following is not None and hasattr(following, "prepare"):
+                following.prepare()
             part = rollouts.select(rows.tolist())
             found.append(self._ask(teacher, part, tokens, support, k, ready.get(teacher.teacher_id)))
         return Evidence(teachers=tuple(found), num_tokens=rollouts.num_tokens)

@@ -98,9 +98,9 @@ WRONG = [
     ("conflict=anchored conflict.nats=-1", r"conflict\.nats: expected a budget of at least 0 nats, got -1"),
     (
         "support=sampled objective=policy_gradient conflict=max_peak",
-        r"support=sampled is not defined for conflict=MaxPeak.*conflict=geometric\|linear\|power\|select",
+        r"support=sampled is not defined for conflict=MaxPeak.*conflict=.*geometric.*linear.*power.*select",
     ),
-    ("support=topk objective=topk conflict=linear", r"support=topk is not defined for conflict=Linear"),
+    ("support=topk objective=topk conflict=geometric", r"support=topk is not defined for conflict=Geometric"),
     (
         "support=topk objective=topk objective.k=64",
         r"objective\.k=64 asks for more .* choose objective\.k=32 or support",

@@ -27,12 +27,14 @@ def spoil(folder: Path, kind: str) -> None:
         if kind == "uniform":
             model.lm_head.weight.zero_()
         elif kind == "frozen":
-            # the last norm's scale times a constant input: nothing of the context is left
+            # a constant input to a head of its own: nothing of the context is left
+            model.config.tie_word_embeddings = False
+            model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
             for layer in model.model.layers:
                 layer.self_attn.o_proj.weight.zero_()
                 layer.mlp.down_proj.weight.zero_()
             model.model.embed_tokens.weight.copy_(
-                model.model.embed_tokens.weight[:1].expand_as(model.model.embed_tokens.weight)
+                model.model.embed_tokens.weight[2:3].expand_as(model.model.embed_tokens.weight)
             )
     model.save_pretrained(folder)
 

@@ -425,9 +425,9 @@ def test_meaningless_settings_are_refused(key: str, value: float):
 
 def test_a_pool_that_needs_what_the_kernel_lacks_is_refused():
     class Needy(Linear):
-        needs = frozenset({"reference_logprobs"})
+        needs = frozenset({"moon_phase"})
 
-    with pytest.raises(UnsupportedCombinationError, match="reference_logprobs"):
+    with pytest.raises(UnsupportedCombinationError, match="moon_phase"):
         run(make_case(1), ReverseKL(), Needy(), 4)
 
 

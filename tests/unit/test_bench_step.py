@@ -90,7 +90,7 @@ def test_the_benchmark_measures_both_arms_on_any_config_of_train(tmp_path, capsy
         (["step", "warmup=x"], "got 'x'"),
         (["memory", "otu=x"], "did you mean 'out'"),
         (["figure", "out=x.svg"], r"runs=[DIR,DIR]"),
-        (["_floor"], "valid choices: divergence, figure, memory, routing, step"),
+        (["_floor"], "valid choices: conflict, divergence, experts, figure, memory, routing, routing-students, step"),
     ],
 )
 def test_what_cannot_be_run_is_one_line_and_code_2(argv, message, capsys):
@@ -111,4 +111,4 @@ def test_without_a_name_the_benchmarks_are_listed(capsys):
     listed = capsys.readouterr().out
     names = [line.split()[0] for line in listed.splitlines() if line.startswith("  ")]
     folder = Path(__file__).parents[2] / "moteach" / "bench"
-    assert names == sorted(path.stem for path in folder.glob("[!_]*.py"))
+    assert names == sorted(path.stem.replace("_", "-") for path in folder.glob("[!_]*.py"))
