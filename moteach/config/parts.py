@@ -31,9 +31,13 @@ def build_objective(cfg: DictConfig, tokenizer: Any = None) -> MixedObjective:
 
 
 def build_conditioning(objective: MixedObjective, answers: Answers) -> Conditioning | None:
-    """Makes what conditions the teachers on right answers, for a resolver that does."""
+    """Makes what conditions the teachers on right answers, for a resolver that does.
+
+    Not under a gate that decides per token: where no teacher knows the whole answer, none would be left to decide between.
+    """
     resolver = objective.teaching.resolver
-    return Conditioning(resolver=resolver, answers=answers) if isinstance(resolver, Conditioned) else None
+    wanted = isinstance(resolver, Conditioned) and not objective.teaching.gate.per_token
+    return Conditioning(resolver=resolver, answers=answers) if wanted else None
 
 
 def build_lessons(objective: MixedObjective, answers: Answers) -> GateLessons | None:
