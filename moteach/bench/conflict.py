@@ -98,7 +98,8 @@ def run(argv: Sequence[str]) -> None:
         folder=Path(words["cache"]) if "cache" in words else cache_dir() / "bench" / "conflict",
         workers=whole_number(words, "workers", default=1, least=1),
     )
-    console = Console()
+    # a file or a pipe has no width of its own
+    console = Console() if Console().is_terminal else Console(width=180)
     summary: dict[str, Any] = {}
     if "best" in words:
         best = whole_number(words, "best", default=6, least=1)

@@ -59,7 +59,8 @@ def run(argv: Sequence[str]) -> None:
     seeds = numbers("seeds", words.get("seeds"), (0, 1, 2))
     workers = whole_number(words, "workers", default=1, least=1)
     folder = Path(words["cache"]) if "cache" in words else cache_dir() / "bench" / "routing-students"
-    console = Console()
+    # a file or a pipe has no width of its own, and the table has ten columns
+    console = Console() if Console().is_terminal else Console(width=180)
     rows: list[dict[str, Any]] = []
     summary: dict[str, Any] = {}
     for part in parts:
@@ -157,10 +158,10 @@ def _print(console: Console, part: str, summary: Mapping[str, Any]) -> None:
     if not rows:
         return
     shown = Table(title=f"{part} prompts: normalised, mean ± standard deviation over {rows[0]['seeds']} seed(s)")
-    shown.add_column("arm")
+    shown.add_column("arm", no_wrap=True)
     fields = [name for name in _FIELDS if name in rows[0]]
     for name in fields:
-        shown.add_column(name.replace("_", " "), justify="right")
+        shown.add_column(name.replace("_", " "), justify="right", no_wrap=True)
     for row in rows:
         shown.add_row(row["arm"], *(_text(name, row[name], row[f"{name}_spread"]) for name in fields))
     console.print(shown)
