@@ -132,7 +132,7 @@ class TeacherPool:
                 asked.append((self.get(teacher_id), rows, tokens))
         ready = score_mixed([(teacher, rows) for teacher, rows, _ in asked], rollouts, support=support, k=k)
         found = []
-        for (teacher, rows, tokens), following in zip(asked, [*asked[1:], None], strict=True):
+        for (teacher, rows, tokens), following in zip(asked, [*asked, None][1:], strict=True):
             if following is not None and hasattr(following[0], "prepare"):
                 following[0].prepare()
             part = rollouts.select(rows.tolist())
