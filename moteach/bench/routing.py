@@ -3,7 +3,7 @@
 More words: [calibration=NAMES] [rounds=3] [seed=0]. Every router of `conf/router` that learns, and `random`, learns from
 `experts/exemplars/natural_*.jsonl`, written for this project, and is asked about prompts of other people's packages; neither
 exemplars nor calibration come from there. `on=development` asks about prompts that were written here, to fix choices on. The
-one choice made there, after the shipped settings had been measured on the packages: isotonic calibration beside temperature.
+one choice made there, after temperature had been measured on the packages: isotonic calibration, now the classifier's default.
 """
 
 from __future__ import annotations

@@ -181,7 +181,7 @@ class ClassifierRouter:
         weighting: Weighting = "hard",
         m: int = 2,
         temperature: float = 1.0,
-        calibration: CalibrationMethod = "temperature",
+        calibration: CalibrationMethod = "isotonic",
         folds: int = 5,
         calibration_path: str | None = None,
         min_confidence: float | None = None,

@@ -96,6 +96,14 @@ def test_isotonic_calibration_leaves_the_weights(experts: list[ExpertSpec]) -> N
     assert isotonic.confidence.tolist() == [1.0, 1.0, 1.0]
 
 
+def test_the_classifier_ships_calibrated_by_isotonic_regression(experts: list[ExpertSpec]) -> None:
+    shipped = bound(experts, ClassifierRouter).learned
+    stated = bound(experts, ClassifierRouter, calibration="temperature").learned
+    texts = ["12+6=", "rev(12)"]
+    assert shipped.scores(texts).confidence.tolist() == [1.0, 1.0]
+    assert float(stated.scores(texts).confidence.max()) < 1.0
+
+
 def test_calibration_on_a_file(experts: list[ExpertSpec], tmp_path: Path) -> None:
     wrong = [{"prompt": f"{i}+{i}=", "domain": "codes"} for i in range(1, 5)]
     right = [{"prompt": f"{i}+{i + 1}=", "domain": "maths"} for i in range(1, 5)]

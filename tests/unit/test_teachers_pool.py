@@ -101,6 +101,13 @@ def test_a_teacher_whose_rows_have_no_trained_token_is_not_called() -> None:
     assert [entry.teacher_id for entry in evidence.teachers] == ["math"]
 
 
+def test_a_batch_that_nobody_is_asked_about_is_evidence_of_nobody() -> None:
+    pool = TeacherPool([EchoTeacher("math"), EchoTeacher("code"), EchoTeacher("law")])
+    said = pool.score(rollouts_of(LENGTHS), routing_of([[0.0] * 3] * len(LENGTHS)), support="sampled")
+    assert said.teachers == ()
+    assert said.num_tokens == rollouts_of(LENGTHS).num_tokens
+
+
 def test_a_routing_of_other_prompts_is_refused() -> None:
     routing = replace(routing_of(SPLIT), prompt_ids=("p0", "p2", "p1", "p3", "p4"))
     with pytest.raises(RoutingError, match="graded by the wrong teacher"):
