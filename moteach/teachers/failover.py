@@ -94,7 +94,7 @@ class Failover:
 
     policy: FailurePolicy = field(default_factory=FailurePolicy)
     lost: dict[str, int] = field(default_factory=dict)
-    """Rows of the last batch that each teacher failed to grade."""
+    """Rows that each teacher failed to grade since the last `metrics`."""
 
     def score(
         self,
@@ -115,7 +115,6 @@ class Failover:
             TeacherUnavailableError: Likewise for one that does not answer.
             MoteachError: As `TeacherPool.score`.
         """
-        self.lost = {}
         if self.policy.action == "stop":
             evidence = pool.score(rollouts, routing, support=support, k=k)
             for entry in evidence.teachers:
@@ -142,7 +141,7 @@ class Failover:
                     except (DeadTeacherError, TeacherUnavailableError):
                         if name == self.policy.expert:
                             raise
-                        self.lost[name] = len(rows)
+                        self.lost[name] = self.lost.get(name, 0) + len(rows)
                         failed.append(name)
                         current, settled = self.policy.reroute(routing, failed), False
                         # begin anew at once: whoever comes later is asked about the rows it gained in the same call
@@ -153,10 +152,14 @@ class Failover:
         return Evidence(teachers=found, num_tokens=rollouts.num_tokens), current
 
     def metrics(self, teacher_ids: Sequence[str]) -> dict[str, float]:
-        """Returns `teacher_failures/<teacher>`: rows of the step it failed to grade; under `stop` there is none."""
+        """Returns `teacher_failures/<teacher>`, rows it failed to grade, and counts anew; under `stop` there is none.
+
+        A step that asks more than once (answers for a resolver, lessons of a gate) counts the rows of every question.
+        """
         if self.policy.action == "stop":
             return {}
-        return {f"teacher_failures/{name}": float(self.lost.get(name, 0)) for name in teacher_ids}
+        lost, self.lost = self.lost, {}
+        return {f"teacher_failures/{name}": float(lost.get(name, 0)) for name in teacher_ids}
 
 
 def check_alive(said: TeacherEvidence | None, rollouts: RolloutBatch) -> None:

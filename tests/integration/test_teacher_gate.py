@@ -27,14 +27,15 @@ def spoil(folder: Path, kind: str) -> None:
         if kind == "uniform":
             model.lm_head.weight.zero_()
         elif kind == "frozen":
-            # a constant input to a head of its own: nothing of the context is left
-            model.config.tie_word_embeddings = False
+            # a constant input and layers that add nothing: nothing of the context is left. A head tied to the constant, or the
+            # padding's row of zeros as the constant, would be uniform
             model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
+            model.config.tie_word_embeddings = False
             for layer in model.model.layers:
                 layer.self_attn.o_proj.weight.zero_()
                 layer.mlp.down_proj.weight.zero_()
             model.model.embed_tokens.weight.copy_(
-                model.model.embed_tokens.weight[2:3].expand_as(model.model.embed_tokens.weight)
+                model.model.embed_tokens.weight[1:2].expand_as(model.model.embed_tokens.weight)
             )
     model.save_pretrained(folder)
 

@@ -179,7 +179,9 @@ def test_two_bad_teachers_are_both_counted_and_what_is_left_abstains() -> None:
     assert [entry.teacher_id for entry in evidence.teachers] == ["gamma"]
     assert failover.lost == {"alpha": 2, "beta": 3}
     failover.score(pool(), batch(), routing(), support="full")
-    assert failover.lost == {}
+    expected = {"teacher_failures/alpha": 2.0, "teacher_failures/beta": 3.0, "teacher_failures/gamma": 0.0}
+    assert failover.metrics(NAMES) == expected, "a second question of the step forgot the failures of the first"
+    assert set(failover.metrics(NAMES).values()) == {0.0}
 
 
 def test_a_fallback_that_fails_too_stops_the_run() -> None:
