@@ -95,7 +95,7 @@ def ask(router: Any, prompts: Sequence[Prompt]) -> Routes:
         raise DataError("expected prompts to route, got none; there would be nothing to draw")
     routing, scores, unsure = learned.decide([words_of(prompt) for prompt in prompts])
     teachers = tuple(routing.teacher_ids)
-    domains = {name: (name, *learned._domains.get(name, ())) for name in teachers}
+    domains = {name: (name, *learned.domains.get(name, ())) for name in teachers}
     labels = tuple(prompt.teacher_id or prompt.domain for prompt in prompts)
     return Routes(
         teachers=teachers,

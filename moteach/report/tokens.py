@@ -140,7 +140,7 @@ def draw_completions(teachers: Sequence[str], completions: Sequence[CompletionRo
 
 def shown(token: str) -> str:
     """A token as it is written into its cell: what cannot be seen gets a sign, also with marks of byte-level vocabularies."""
-    text = token.translate(_SHOWN)
+    text = token.translate(_SHOWN) or "·"
     return "".join(sign if sign.isprintable() else "·" for sign in text).replace(" ", "␣" if not text.strip() else " ")
 
 

@@ -86,7 +86,7 @@ class Learner:
         self._names: tuple[str, ...] = ()
         self._importance = torch.zeros(0, dtype=torch.float64)
         self._costs = torch.zeros(0, dtype=torch.float64)
-        self._domains: dict[str, list[str]] = {}
+        self.domains: dict[str, list[str]] = {}
         self._temperature = 1.0
         self._isotonic: tuple[list[float], list[float]] | None = None
 
@@ -105,7 +105,7 @@ class Learner:
             DataError: A file cannot be read, or what is calibrated on was learned from.
         """
         self._take({expert.name: (expert.weight, expert.cost) for expert in experts})
-        self._domains = {expert.name: list(expert.domains) for expert in experts}
+        self.domains = {expert.name: list(expert.domains) for expert in experts}
         if self.settings.path is not None:
             self._restore(read_router(Path(self.settings.path)))
             return
@@ -120,7 +120,7 @@ class Learner:
         """Takes the saved router that `path` names with the experts, domains and weights it was saved with."""
         saved = read_router(Path(str(self.settings.path)))
         self._take({row["name"]: (float(row["weight"]), float(row.get("cost", 0.0))) for row in saved.experts})
-        self._domains = {row["name"]: list(row["domains"]) for row in saved.experts}
+        self.domains = {row["name"]: list(row["domains"]) for row in saved.experts}
         self._restore(saved)
 
     def _take(self, numbers: dict[str, tuple[float, float]]) -> None:
@@ -297,9 +297,7 @@ class Learner:
         knots = None if self._isotonic is None else {"knots": self._isotonic[0], "values": self._isotonic[1]}
         weights = dict(zip(sorted(self._names), self._importance.tolist(), strict=True))
         costs = dict(zip(sorted(self._names), self._costs.tolist(), strict=True))
-        experts = [
-            {"name": n, "domains": self._domains[n], "weight": weights[n], "cost": costs[n]} for n in self._names
-        ]
+        experts = [{"name": n, "domains": self.domains[n], "weight": weights[n], "cost": costs[n]} for n in self._names]
         saved = SavedRouter(
             router=self.router,
             head=self.head.settings,

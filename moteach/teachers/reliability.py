@@ -128,7 +128,7 @@ class ReliableTeachers:
     def __init__(
         self,
         *,
-        sharpness: float = 1.0,
+        sharpness: float = 4.0,
         floor: float = 0.2,
         probe_prompts: int = 32,
         probe_every: int = 100,

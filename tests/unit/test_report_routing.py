@@ -271,7 +271,7 @@ def test_a_step_without_token_rows_names_those_that_have_some(traced):
         show.tokens(traced, step=9)
 
 
-@pytest.mark.parametrize(("token", "expected"), [("Ġthe", " the"), ("▁", "␣"), ("a\n", "a↵"), ("\x07", "·")])
+@pytest.mark.parametrize(("token", "expected"), [("Ġthe", " the"), ("▁", "␣"), ("a\n", "a↵"), ("\x07", "·"), ("", "·")])
 def test_what_cannot_be_seen_gets_a_sign(token, expected):
     assert shown(token) == expected
 
