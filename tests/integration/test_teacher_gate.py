@@ -21,22 +21,17 @@ QUICK = ["eval=none", "router=label"]
 
 
 def spoil(folder: Path, kind: str) -> None:
-    """Makes a saved model bad in one way; it still loads, and its logits are finite until it is asked about a long text."""
+    """Makes a saved model bad in one way; it still loads, and its logits are finite."""
     model: Any = AutoModelForCausalLM.from_pretrained(folder)
     with torch.no_grad():
         if kind == "uniform":
             model.lm_head.weight.zero_()
         elif kind == "frozen":
-            # a constant input and layers that add nothing: nothing of the context is left. A head tied to the constant, or the
-            # padding's row of zeros as the constant, would be uniform
-            model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
+            # all tokens are read alike, so that nothing of the context is left; the head is untied to keep its opinion
+            table = model.model.embed_tokens.weight
             model.config.tie_word_embeddings = False
-            for layer in model.model.layers:
-                layer.self_attn.o_proj.weight.zero_()
-                layer.mlp.down_proj.weight.zero_()
-            model.model.embed_tokens.weight.copy_(
-                model.model.embed_tokens.weight[1:2].expand_as(model.model.embed_tokens.weight)
-            )
+            model.lm_head.weight = torch.nn.Parameter(table.clone())
+            table.copy_(table[1:2].clone().expand_as(table))
     model.save_pretrained(folder)
 
 
