@@ -9,12 +9,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from moteach.divergences.measure import OF_TOPK
 from moteach.types import Evidence, RolloutBatch
 
 _MEANS = (
     *("divergence", "student_entropy", "target_entropy", "neg_log_z", "student_mass", "teacher_mass", "log_ratio"),
     *("advantages", "importance_ratio", "masked", "switched", "reference_divergence"),
     *("spread", "argmax_disagreement", "teacher_jsd", "topk_slack"),
+    *OF_TOPK,
 )
 
 CONTESTED_NATS = 1.0
