@@ -18,6 +18,7 @@ from moteach.data.base import domain_of
 from moteach.distributed import Ranks, local
 from moteach.divergences.disagreement import OF_TEACHERS
 from moteach.divergences.logprobs import chunked_token_logprobs
+from moteach.divergences.measure import OF_TOPK
 from moteach.gathering import join_stats
 from moteach.objectives.balance import Balance, NoBalance, apply_balance
 from moteach.objectives.base import BatchSize, Objective, Scored, token_weights, tokens_per_chunk
@@ -27,7 +28,7 @@ from moteach.objectives.mix import supervised_loss
 from moteach.objectives.teaching import teaching_of
 from moteach.objectives.token_weights import TokenWeighting, apply_token_weights
 from moteach.sharding import anchor, blank_batch, nothing
-from moteach.types import Head, LossOutput, RolloutBatch
+from moteach.types import Head, LossOutput, RolloutBatch, Support
 
 
 @dataclass(kw_only=True)
@@ -176,6 +177,24 @@ class Learner:
 
         return self._collected(rollouts, lambda rows: partial(look, part=rollouts.select(rows)))["logprobs"]
 
+    def diagnostics(self, scored: Scored, support: Support) -> dict[str, Float[Tensor, " packed"]]:
+        """Looks once more at the batch, for how the likeliest tokens of student and target compare; trains nothing.
+
+        Args:
+            scored: The batch.
+            support: What the teachers gave; without their whole distribution there is nothing to compare.
+
+        Returns:
+            The statistics `OF_TOPK` of `moteach.divergences.measure` with k = 16, those that the objective can measure.
+        """
+        wanted = self.objective.measurable(support) & {*OF_TOPK}
+        if not wanted:
+            return {}
+        # dropout of this look must not move the noise of the step
+        with torch.random.fork_rng():
+            found = self._measured(self.prepared(scored), wanted)
+        return {name: found[name] for name in OF_TOPK if name in found}
+
     def domain_gradients(self, scored: Scored) -> dict[str, float]:
         """Norm of the loss' gradient by each domain's own rows, and the cosine between each two (one backward a domain).
 
@@ -222,7 +241,7 @@ class Learner:
             scored = gating.decide(hidden, head, scored)
             decided = gating.stats(hidden, head, scored)
         if weigh:
-            stats = self._look(hidden, head, scored) if self.wanted else self._known(scored)
+            stats = self._look(hidden, head, scored, self.wanted)
             scored, metrics = self._weighed(scored, stats)
         output = self.objective(hidden, head, scored)
         if self.ranks.size > 1:
@@ -233,17 +252,17 @@ class Learner:
         stats = {**between, **output.token_stats, **decided, "weight": scored.token_weights}
         return replace(output, token_stats=stats, metrics={**output.metrics, **metrics})
 
-    def _look(self, hidden: Tensor, head: Head, scored: Scored) -> dict[str, Tensor]:
-        return self.objective.measure(hidden.detach(), head, scored, self.wanted)
+    def _look(self, hidden: Tensor, head: Head, scored: Scored, wanted: frozenset[str]) -> dict[str, Tensor]:
+        return self.objective.measure(hidden.detach(), head, scored, wanted) if wanted else self._known(scored)
 
     def _known(self, scored: Scored) -> dict[str, Tensor]:
         """What needs no look at the student."""
         return {"abstained": (~self.objective.taught(scored)).to(scored.base_weights.dtype)}
 
-    def _measured(self, scored: Scored) -> dict[str, Tensor]:
+    def _measured(self, scored: Scored, wanted: frozenset[str] | None = None) -> dict[str, Tensor]:
         """Measures a batch that does not fit into one micro-batch."""
-        gating = Gating.of(self.objective)
-        if not self.wanted and gating is None:
+        wanted, gating = self.wanted if wanted is None else wanted, Gating.of(self.objective)
+        if not wanted and gating is None:
             return self._known(scored)
 
         def look(hidden: Tensor, head: Head, *, part: Scored) -> LossOutput:
@@ -251,7 +270,7 @@ class Learner:
             if gating is not None:
                 part = gating.decide(hidden, head, part)
                 decided = gating.stats(hidden, head, part)
-            found = {**(self._look(hidden, head, part) if self.wanted else self._known(part)), **decided}
+            found = {**self._look(hidden, head, part, wanted), **decided}
             return LossOutput(loss=torch.zeros(()), denominator=1.0, token_stats=found)
 
         with torch.no_grad():

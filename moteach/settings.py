@@ -27,11 +27,16 @@ class TrainerSettings:
     max_grad_norm: float = 1.0
     updates_per_step: int = 1
     gradient_cosine_every: int = 0
+    diagnostics_every: int = 0
     checkpoint_every: int = 0
 
     def __post_init__(self) -> None:
         if self.updates_per_step < 1:
             raise ConfigError(f"updates_per_step: expected at least 1 update, got {self.updates_per_step}")
+
+    def diagnostics_due(self, step: int) -> bool:
+        """True in the steps that take one more look at the likeliest tokens, beginning with the first."""
+        return self.diagnostics_every > 0 and step % self.diagnostics_every == 0
 
     def lr_at(self, step: int) -> float:
         """Learning rate of the update that takes `step` to `step + 1`: linear warm-up, then the schedule."""

@@ -150,6 +150,9 @@ class Trainer:
         every = self.settings.gradient_cosine_every
         if every and step % every == 0:
             metrics = self.learner.domain_gradients(scored)
+        looked: dict[str, Tensor] = {}
+        if self.settings.diagnostics_due(step) and self.ranks.any(bool(evidence.teachers)):
+            looked = self.learner.diagnostics(scored, self.settings.support)
         outputs, places = [], []
         # strided, because rows come domain by domain
         for rows in (range(first, len(rollouts), count) for first in range(count)):
@@ -160,7 +163,7 @@ class Trainer:
             split = self.learner.micro_batches
             metrics |= self.lessons.teach(self.student, scored, rewards, ask=self.ask, micro_batches=split)
         joined = join_outputs(outputs, places)
-        return replace(joined, metrics={**joined.metrics, **metrics})
+        return replace(joined, token_stats={**joined.token_stats, **looked}, metrics={**joined.metrics, **metrics})
 
     def ask(self, rollouts: RolloutBatch) -> tuple[Routing, Evidence]:
         """Routes and scores completions."""

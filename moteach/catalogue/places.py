@@ -67,6 +67,14 @@ def is_hub_id(text: str) -> bool:
     return not Path(text).is_absolute() and not Path(text).exists() and _HUB_ID.fullmatch(text) is not None
 
 
+def same_place(one: str, other: str) -> bool:
+    """Whether two resolved locations are the same folder, hub repository or package."""
+    if one == other:
+        return True
+    left, right = Path(one).expanduser(), Path(other).expanduser()
+    return left.is_dir() and right.is_dir() and left.samefile(right)
+
+
 def is_commit(revision: str | None) -> bool:
     """Whether a revision is a full commit hash, which cannot move, rather than a branch or tag."""
     return revision is not None and _COMMIT.fullmatch(revision) is not None

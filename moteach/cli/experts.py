@@ -72,6 +72,7 @@ def check_teachers(cfg: DictConfig) -> None:
     from moteach.catalogue.modeling import load_causal_lm, load_tokenizer
     from moteach.config.build import build
     from moteach.config.validate import check_component
+    from moteach.objectives.answers import Answers
     from moteach.teachers.preflight import PreflightLimits, check
 
     check_component(cfg.data, where="data")
@@ -98,6 +99,8 @@ def check_teachers(cfg: DictConfig) -> None:
                 max_new_tokens=cfg.max_new_tokens,
                 seed=cfg.seed,
                 allowed_hosts=tuple(cfg.allowed_hosts),
+                answers=Answers(tokenizer)(own[: cfg.probe_prompts]),
+                student_place=cfg.student.model,
             )
             report.raise_if_failed()
         except MoteachError as error:
@@ -118,15 +121,19 @@ def check_teachers(cfg: DictConfig) -> None:
 
 def _table(reports: Sequence[Any], k: int) -> Table:
     table = Table(title="teachers against the student")
-    for column in ("teacher", "checks", "reverse KL, nats/token", f"top-{k} overlap", "probe tokens", "memory"):
+    answers = ("answers under teacher", "answers under student")
+    for column in ("teacher", "checks", "reverse KL", f"top-{k} overlap", *answers, "probe tokens", "memory"):
         table.add_column(column, justify="left" if column in ("teacher", "checks") else "right")
+    table.caption = "reverse KL and mean logprob of the reference answers in nats a token"
     for report in reports:
         colour = _COLOURS[report.level]
+        known = report.affinity
         table.add_row(
             report.teacher_id,
             f"[{colour}]{report.level}[/{colour}]",
             "-" if report.reverse_kl is None else f"{report.reverse_kl:.4f}",
             "-" if report.topk_overlap is None else f"{report.topk_overlap:.3f}",
+            *(("-", "-") if known is None else (f"{known.teacher:.3f}", f"{known.student:.3f}")),
             str(report.probe_tokens),
             "-" if report.memory_bytes is None else f"{report.memory_bytes / 2**20:.1f} MiB",
         )

@@ -266,6 +266,7 @@ def _settings(cfg: DictConfig) -> TrainerSettings:
         max_grad_norm=optim.max_grad_norm,
         updates_per_step=optim.updates_per_step,
         gradient_cosine_every=cfg.trace.gradient_cosine_every,
+        diagnostics_every=cfg.trace.diagnostics_every,
         checkpoint_every=cfg.checkpoint.every_steps,
     )
 

@@ -157,6 +157,12 @@ class TraceConfig:
     """Write `rollouts.parquet` with the text of every completion."""
     gradient_cosine_every: int = 0
     """Steps between measurements of the gradients' cosine between domains (one more backward a domain); 0 never."""
+    diagnostics_every: int = 0
+    """Steps between looks at the 16 likeliest tokens of student and target (one more forward of the student,
+    about 14 % of a step of the default job); 0 never.
+
+    Needs `support=full`; on other supports nothing can be compared and nothing is told.
+    """
 
 
 @dataclass

@@ -50,6 +50,7 @@ _LEAST: Mapping[str, float] = {
     "optim.micro_batch_size": 1,
     "optim.updates_per_step": 1,
     "trace.gradient_cosine_every": 0,
+    "trace.diagnostics_every": 0,
 }
 
 

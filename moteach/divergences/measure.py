@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from moteach.divergences.base import Divergence, Pool
@@ -18,8 +18,11 @@ from moteach.divergences.fused import empty_stats, record
 from moteach.errors import ConfigError
 from moteach.types import Head, TeacherEvidence
 
-OF_TOPK = ("topk_overlap", "target_mass_on_student_topk")
-"""Statistics of the student's likeliest tokens; they need a sort of each distribution."""
+OF_TOPK = (
+    *("topk_overlap", "target_mass_on_student_topk", "student_mass_on_target_topk"),
+    "overlap_token_advantage",
+)
+"""Statistics of the likeliest tokens; they need a sort of each distribution."""
 OF_TOP1 = ("student_top1_rank",)
 """Statistics of the student's likeliest token."""
 
@@ -63,6 +66,10 @@ def measure(
         The statistics of `chunked_divergence` (with `targets` those of the written token too) and, 0 where abstained:
         `topk_overlap` - share of the student's k likeliest tokens that are among the target's (arXiv 2604.13016, Eq. 6);
         `target_mass_on_student_topk` - probability the target gives to the student's k likeliest tokens;
+        `student_mass_on_target_topk` - probability the student gives to the target's k likeliest tokens;
+        `overlap_token_advantage` - mean over the tokens v that are among both k likeliest of p(v) (log q(v) - log p(v)), p the
+        student and q the target, each renormalised on these tokens (arXiv 2604.13016, Eq. 7): minus their reverse_kl there
+        over their number, nats, 0 where they agree, strongly negative for a student that is too sure; 0 without such tokens;
         `student_top1_rank` - number of tokens that the target ranks above the student's likeliest one, 0 where they agree;
         `spread` - largest minus smallest logprob the token's teachers give to the student's likeliest token, nats;
         `argmax_disagreement` - share of the pairs of the token's teachers whose likeliest tokens differ;
@@ -103,18 +110,31 @@ def measure(
     return stats
 
 
-def _more(pooled: Pooled, k: int, chosen: Collection[str]) -> dict[str, Tensor]:
+def _more(pooled: Pooled, k: int, chosen: frozenset[str]) -> dict[str, Tensor]:
     """The statistics of one chunk beyond those of the loss."""
     student, target = pooled.student.logprobs, pooled.target.logprobs
     found: dict[str, Tensor] = {}
     if any(name in chosen for name in OF_TOPK):
         mine = student.topk(k, sorted=False).indices
         found["target_mass_on_student_topk"] = target.gather(-1, mine).exp().sum(-1)
-        if "topk_overlap" in chosen:
+        if not chosen.isdisjoint({*OF_TOPK} - {"target_mass_on_student_topk"}):
             theirs = target.topk(k, sorted=False).indices
-            shared = (mine.unsqueeze(-1) == theirs.unsqueeze(-2)).any(-1).sum(-1)
-            found["topk_overlap"] = shared.to(student.dtype) / k
+            shared = (mine.unsqueeze(-1) == theirs.unsqueeze(-2)).any(-1)
+            found["topk_overlap"] = shared.sum(-1).to(student.dtype) / k
+            found["student_mass_on_target_topk"] = student.gather(-1, theirs).exp().sum(-1)
+            found["overlap_token_advantage"] = _advantage(student.gather(-1, mine), target.gather(-1, mine), shared)
     if "student_top1_rank" in chosen:
         likeliest = target.gather(-1, student.argmax(-1, keepdim=True))
         found["student_top1_rank"] = (target > likeliest).sum(-1).to(student.dtype)
     return {name: values for name, values in found.items() if name in chosen}
+
+
+def _advantage(
+    student: Float[Tensor, "token k"], target: Float[Tensor, "token k"], shared: Bool[Tensor, "token k"]
+) -> Float[Tensor, " token"]:
+    """The overlap-token advantage of one chunk, from the logprobs of the student's k likeliest tokens."""
+    # a token that one side excludes is among its k likeliest only where fewer than k have any probability
+    shared = shared & (student > float("-inf")) & (target > float("-inf"))
+    p, q = (values.masked_fill(~shared, float("-inf")).log_softmax(-1) for values in (student, target))
+    terms = torch.where(shared, p.exp() * (q - p), torch.zeros_like(p))
+    return terms.sum(-1) / shared.sum(-1).clamp(min=1)

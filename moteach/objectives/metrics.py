@@ -9,20 +9,29 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from moteach.divergences.measure import OF_TOPK
 from moteach.types import Evidence, RolloutBatch
 
 _MEANS = (
     *("divergence", "student_entropy", "target_entropy", "neg_log_z", "student_mass", "teacher_mass", "log_ratio"),
     *("advantages", "importance_ratio", "masked", "switched", "reference_divergence"),
     *("spread", "argmax_disagreement", "teacher_jsd", "topk_slack"),
+    *OF_TOPK,
 )
 
 CONTESTED_NATS = 1.0
 """Spread of the teachers' logprobs above which a token counts as contested; Open-MOPD (arXiv 2608.19098) counts so."""
 
+REPEATED_TOKENS = 4
+"""Length of the runs of tokens that `completions/repetition` looks for."""
+
 
 def rollout_metrics(rollouts: RolloutBatch, rewards: Sequence[float]) -> dict[str, float]:
-    """Lengths, truncation and verified reward of what the student wrote.
+    """Lengths, truncation, repetition and verified reward of what the student wrote.
+
+    `completions/clipped_ratio` is the share of completions that were cut off. `completions/repetition` is the share of the
+    4-grams of a completion (runs of four tokens, at every position) that stood in the same completion before, averaged over
+    the completions of at least four tokens, and left out where there is none: 0 where nothing repeats, near 1 in a loop.
 
     Args:
         rollouts: The batch.
@@ -36,12 +45,21 @@ def rollout_metrics(rollouts: RolloutBatch, rewards: Sequence[float]) -> dict[st
         "completions/max_length": float(max(lengths)),
         "completions/clipped_ratio": sum(not rollout.finished for rollout in rollouts.rollouts) / len(lengths),
     }
+    repeated = [share for rollout in rollouts.rollouts if (share := _repetition(rollout.completion_ids)) is not None]
+    if repeated:
+        metrics["completions/repetition"] = sum(repeated) / len(repeated)
     graded: dict[str, list[float]] = {}
     for rollout, reward in zip(rollouts.rollouts, rewards, strict=True):
         if not math.isnan(reward):
             graded.setdefault(rollout.prompt.domain or "default", []).append(reward)
     metrics.update({f"reward/{domain}": sum(scores) / len(scores) for domain, scores in sorted(graded.items())})
     return metrics
+
+
+def _repetition(ids: Sequence[int]) -> float | None:
+    """Share of the 4-grams that occurred before; None for fewer tokens."""
+    grams = list(zip(*(ids[start:] for start in range(REPEATED_TOKENS)), strict=False))
+    return 1 - len(set(grams)) / len(grams) if grams else None
 
 
 def teacher_metrics(evidence: Evidence) -> dict[str, float]:
@@ -55,7 +73,8 @@ def token_metrics(rollouts: RolloutBatch, stats: Mapping[str, Float[Tensor, " pa
 
     Tokens that no teacher was given (`abstained`) are left out of the means and counted as `abstained`. Where several
     teachers share tokens, `spread` also has its 99th percentile and largest value, and `contested` is the share of taught
-    tokens above one nat.
+    tokens above one nat. `entropy_gap` is the student's minus the target's entropy in nats, with its sign: negative where
+    the student is surer than what teaches it (arXiv 2604.13016, Eq. 8, takes the absolute value).
     """
     abstained = stats["abstained"] > 0 if "abstained" in stats else torch.zeros(rollouts.num_tokens, dtype=torch.bool)
     metrics = {
@@ -63,6 +82,8 @@ def token_metrics(rollouts: RolloutBatch, stats: Mapping[str, Float[Tensor, " pa
         for name in _MEANS
         if name in stats and not bool(abstained.all())
     }
+    if "student_entropy" in metrics and "target_entropy" in metrics:
+        metrics["entropy_gap"] = metrics["student_entropy"] - metrics["target_entropy"]
     if "spread" in stats and not bool(abstained.all()):
         spread = stats["spread"][~abstained].double()
         metrics["spread/p99"] = float(spread.quantile(0.99))

@@ -16,15 +16,15 @@ from typing import Any, Literal
 from torch import nn
 
 from moteach.catalogue.modeling import body_and_head, load_tokenizer, weights_bytes
-from moteach.catalogue.places import is_commit, is_hub_id
+from moteach.catalogue.places import is_commit, is_hub_id, same_place
 from moteach.catalogue.spec import ExpertSpec, require_built
 from moteach.catalogue.urls import LOOPBACK
 from moteach.errors import ConfigError, DeadTeacherError, IncompatibleTeacherError
 from moteach.teachers.hf import HFTeacher
 from moteach.teachers.lora import LoRATeacher
 from moteach.teachers.pool import build_teachers
-from moteach.teachers.probe import UNIFORM, Probe, compare
-from moteach.types import Prompt, Support
+from moteach.teachers.probe import UNIFORM, Affinity, Probe, affinity, compare
+from moteach.types import Prompt, RolloutBatch, Support
 
 Level = Literal["ok", "warn", "error"]
 _SPECIAL = ("pad_token_id", "eos_token_id", "bos_token_id", "unk_token_id")
@@ -52,6 +52,8 @@ class PreflightReport:
     topk_overlap: float | None = None
     """Mean over probe tokens of |top-k of the student and of the teacher| / k."""
     probe_tokens: int = 0
+    affinity: Affinity | None = None
+    """How likely teacher and student find the reference answers; None without answers."""
     memory_bytes: int | None = None
     """Bytes of the weights once loaded; None when they are not on this machine."""
     chat_template_hash: str | None = field(default=None)
@@ -81,7 +83,8 @@ class PreflightLimits:
 
     MOPD (arXiv 2606.30406) reports an initial reverse KL of about 0.04 for a teacher of the student's origin and
     about 0.19 for a stronger one of foreign origin, with which distillation got worse; the default lies between. The
-    literature on top-k overlap (72 to 91 % in runs that succeed) names no threshold at all.
+    literature on top-k overlap (72 to 91 % in runs that succeed) names no threshold at all. Neither makes a teacher foreign
+    that was trained from the student's own checkpoint.
     """
 
     max_reverse_kl: float = 0.1
@@ -106,6 +109,8 @@ def check(
     seed: int = 0,
     teacher: HFTeacher | LoRATeacher | None = None,
     allowed_hosts: Sequence[str] = LOOPBACK,
+    answers: RolloutBatch | None = None,
+    student_place: str | None = None,
 ) -> PreflightReport:
     """Checks a teacher against the student.
 
@@ -123,6 +128,9 @@ def check(
         seed: Seed of the sampled continuations.
         teacher: The expert's teacher, so that its weights load once; None builds one.
         allowed_hosts: Hosts that a card with `url:` may name; of such an expert server and vocabulary are checked alone.
+        answers: Reference answers of prompts of the expert's own domains, each written as a completion.
+        student_place: Folder or hub id the student was opened from: an expert whose card says that it was trained from
+            there (`reference`, or `base` under an adapter) is not foreign, however far it has moved.
 
     Raises:
         MoteachError: The teacher cannot be opened at all.
@@ -138,7 +146,7 @@ def check(
     findings.append(_template(spec.name, template, _template_hash(student_tokenizer)))
     memory = _memory(spec, place)
     findings.append(_memory_finding(spec.name, memory))
-    reverse_kl = overlap = None
+    reverse_kl = overlap = known = None
     tokens = 0
     model = _open(teacher or build_teachers([spec])[0], findings)
     if model is not None:
@@ -153,13 +161,17 @@ def check(
         tokens = probe.tokens
         if findings[-1].level == "ok":
             reverse_kl, overlap = probe.reverse_kl, probe.overlap
-            findings += _origin_distance(spec.name, probe, limits)
+            origin = spec.reference or spec.base
+            same = origin is not None and student_place is not None and same_place(origin, student_place)
+            findings += _origin_distance(spec.name, probe, limits, same_origin=same)
+            known = None if answers is None else affinity(model, student_model, answers)
     return PreflightReport(
         teacher_id=spec.name,
         findings=tuple(findings),
         reverse_kl=reverse_kl,
         topk_overlap=overlap,
         probe_tokens=tokens,
+        affinity=known,
         memory_bytes=memory,
         chat_template_hash=template,
     )
@@ -302,12 +314,18 @@ def _alive(name: str, probe: Probe) -> Finding:
     return Finding(level="error", name="scores", message=message)
 
 
-def _origin_distance(name: str, probe: Probe, limits: PreflightLimits) -> list[Finding]:
+def _origin_distance(name: str, probe: Probe, limits: PreflightLimits, *, same_origin: bool) -> list[Finding]:
     far = probe.reverse_kl > limits.max_reverse_kl
     distance = f"KL(student || teacher) is {probe.reverse_kl:.3f} nats a token"
     reference = f"MOPD saw about {_SAME_ORIGIN} for a teacher of the same origin and {_FOREIGN} for a foreign one"
     few = probe.overlap < limits.min_overlap
     share = f"{probe.overlap:.0%} of the {limits.k} likeliest tokens are common"
+    if same_origin:
+        known = f"'{name}' was trained from the student's checkpoint"
+        return [
+            Finding(level="ok", name="reverse_kl", message=f"{distance}; {known}"),
+            Finding(level="ok", name="topk_overlap", message=f"{share}; {known}"),
+        ]
     advice = f"'{name}' may be of foreign origin: prefer one trained from the student's own base, or support=sampled"
     return [
         Finding(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from moteach.catalogue.modeling import body_and_head, hidden_states
 from moteach.divergences.projection import project
-from moteach.types import Prompt
+from moteach.types import Prompt, RolloutBatch
 
 UNIFORM = 0.01
 """Relative distance of the mean logprob from -ln V within which a distribution counts as uniform."""
@@ -32,6 +32,46 @@ class Probe:
     """Every logprob of the teacher is finite."""
     uniform: bool
     """The teacher is uniform on every token: the mean over the vocabulary of its logprobs is within 1 % of -ln V."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Affinity:
+    """How likely two models find reference answers."""
+
+    teacher: float
+    """Mean over the tokens of the answers of ln q(token), in nats; nearer to 0 is likelier."""
+    student: float
+    """The same of the student."""
+    tokens: int
+    answers: int
+
+
+@torch.no_grad()
+def affinity(teacher: nn.Module, student: Any, answers: RolloutBatch) -> Affinity:
+    """Reads reference answers with both models, one at a time.
+
+    Args:
+        teacher: The teacher; rows of its head beyond the student's are left out.
+        student: The student.
+        answers: At least one answer, each written as the completion of its prompt.
+    """
+    training = student.training
+    student.eval()
+    found: tuple[list[Tensor], list[Tensor]] = ([], [])
+    width = int(body_and_head(student)[1].weight.shape[0])
+    try:
+        for row in answers.rollouts:
+            start = len(row.prompt.token_ids)
+            ids = torch.tensor([[*row.prompt.token_ids, *row.completion_ids]], dtype=torch.long)
+            for values, model in zip(found, (teacher, student), strict=True):
+                logprobs = _logprobs(model, ids, start)[:, :width].log_softmax(dim=-1)
+                values.append(logprobs.gather(1, ids[0, start:].unsqueeze(1)).squeeze(1).double())
+    finally:
+        student.train(training)
+    theirs, mine = (torch.cat(values) for values in found)
+    return Affinity(
+        teacher=float(theirs.mean()), student=float(mine.mean()), tokens=len(mine), answers=len(answers.rollouts)
+    )
 
 
 @torch.no_grad()

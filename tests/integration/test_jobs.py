@@ -88,6 +88,7 @@ def test_experts_check_reports_a_row_a_teacher(world: TinyWorld, tmp_path: Path)
     for row in found:
         assert row["reverse_kl"] > 0
         assert row["probe_tokens"] > 0
+        assert row["affinity"]["teacher"] < 0 > row["affinity"]["student"]
         assert {finding["name"] for finding in row["findings"] if finding["level"] == "ok"} >= {"vocabulary", "head"}
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from integration_runs import metrics, student_bytes, train
 
+from moteach.divergences.measure import OF_TOPK
 from moteach.testing import TinyWorld
 
 OBJECTIVES = {
@@ -90,6 +91,18 @@ def test_the_gradients_of_domains_are_compared_on_request(world: TinyWorld, tmp_
     assert seen == [True, False, True, False]
     assert all(-1 <= line["gradient_cosine/alpha/beta"] <= 1 for line in metrics(run)[::2])
     assert student_bytes(run) == student_bytes(train(tmp_path / "plain", *world.overrides, "eval=none"))
+
+
+def test_likeliest_tokens_are_compared_on_request_and_the_student_is_the_same(world: TinyWorld, tmp_path: Path) -> None:
+    run = train(
+        tmp_path / "run", *world.overrides, "eval=none", "trace.diagnostics_every=3", "optim.micro_batch_size=2"
+    )
+    names = {*OF_TOPK}
+    assert [names & set(line) for line in metrics(run)] == [names, set(), set(), names]
+    assert all(0 < line["topk_overlap"] <= 1 and line["overlap_token_advantage"] <= 0 for line in metrics(run)[::3])
+    plain = train(tmp_path / "plain", *world.overrides, "eval=none", "optim.micro_batch_size=2")
+    assert student_bytes(run) == student_bytes(plain)
+    assert [line["loss"] for line in metrics(run)] == [line["loss"] for line in metrics(plain)]
 
 
 def test_several_updates_of_a_step_each_take_their_share_of_the_rows(world: TinyWorld, tmp_path: Path) -> None:

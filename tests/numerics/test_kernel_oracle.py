@@ -519,6 +519,13 @@ def test_measure_says_what_the_loss_pass_says_and_adds_overlap_and_spread(chunk_
         assert float(stats["spread"][t]) == pytest.approx(max(said) - min(said), abs=1e-12)
         mass = sum(float(target[v].exp()) for v in mine)
         assert float(stats["target_mass_on_student_topk"][t]) == pytest.approx(mass, abs=1e-12)
+        given = sum(float(student[t, v].exp()) for v in theirs)
+        assert float(stats["student_mass_on_target_topk"][t]) == pytest.approx(given, abs=1e-12)
+        both = sorted(mine & theirs)
+        p, q = student[t, both].exp(), target[both].exp()
+        p, q = p / p.sum(), q / q.sum()
+        advantage = sum(float(a * (b / a).log()) for a, b in zip(p, q, strict=True)) / max(len(both), 1)
+        assert float(stats["overlap_token_advantage"][t]) == pytest.approx(advantage, abs=1e-12)
         likeliest = target[student[t].argmax()]
         assert int(stats["student_top1_rank"][t]) == sum(bool(value > likeliest) for value in target)
         written = int(targets[t])

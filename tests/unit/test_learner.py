@@ -15,6 +15,7 @@ from moteach.objectives.answers import Answers
 from moteach.objectives.balance import Gap, TokenShare
 from moteach.objectives.base import Scored
 from moteach.objectives.divergence import DivergenceObjective
+from moteach.objectives.gating import Gating
 from moteach.objectives.policy_gradient import PolicyGradientObjective
 from moteach.objectives.token_masks import EntropyTop, FirstTokens, Tip
 from moteach.routing.novelty import NoveltyGate
@@ -286,3 +287,38 @@ def test_a_token_gate_decides_once_and_alike_whatever_the_micro_batches(weights:
     assert float(columns.std(dim=0).max()) > 0.01
     for name, values in whole.token_stats.items():
         torch.testing.assert_close(parts.token_stats[name], values, rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("gate", [PromptGate(), NoveltyGate(k=4)], ids=["prompt", "token"])
+@pytest.mark.parametrize("size", [None, 2])
+def test_the_diagnostics_are_those_of_the_measurement_and_leave_the_step_alone(size: int | None, gate: Any) -> None:
+    objective = DivergenceObjective(gate=gate, resolver=Linear(), divergence=ReverseKL(), normalise="token_mean")
+    student, given = Student(), scored(untaught=(1,))
+    made = Learner(student=student, objective=objective, micro_batch_size=size)
+    noise = torch.get_rng_state()
+    found = made.diagnostics(given, "full")
+    assert torch.equal(torch.get_rng_state(), noise)
+    assert gradients(student) == []
+    assert set(found) == {
+        *("topk_overlap", "target_mass_on_student_topk", "student_mass_on_target_topk", "overlap_token_advantage")
+    }
+    hidden = given.rollouts.pack(student.embedding[given.rollouts.input_ids]).detach()
+    head = Head(weight=student.head.detach())
+    decided = given
+    if gate.per_token:
+        gating = Gating.of(objective)
+        assert gating is not None
+        decided = gating.decide(hidden, head, given)
+    expected = objective.measure(hidden, head, decided, frozenset(found))
+    for name, values in found.items():
+        torch.testing.assert_close(values, expected[name], rtol=1e-6, atol=1e-9, msg=name)
+    assert float(found["overlap_token_advantage"].min()) < -1e-3
+
+
+def test_without_whole_distributions_there_are_no_diagnostics() -> None:
+    student = Student()
+    objective = PolicyGradientObjective(
+        gate=PromptGate(), resolver=Linear(), divergence=ReverseKL(), normalise="token_mean"
+    )
+    assert Learner(student=student, objective=objective).diagnostics(scored(), "sampled") == {}
+    assert student.forwards == 0

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -35,9 +36,41 @@ def test_lengths_truncation_and_reward() -> None:
         "completions/min_length": 2.0,
         "completions/max_length": 8.0,
         "completions/clipped_ratio": 0.5,
+        "completions/repetition": (0 + 2 / 3 + 4 / 5) / 3,
         "reward/code": 0.25,
         "reward/math": 0.5,
     }
+
+
+@pytest.mark.parametrize(
+    ("ids", "share"),
+    [
+        ((1, 2, 3, 4, 5, 6, 7, 8), 0.0),
+        ((1, 2, 3, 4, 9, 1, 2, 3, 4), 1 / 6),
+        ((1, 2, 1, 2, 1, 2, 1, 2), 3 / 5),
+        ((5, 5, 5, 5), 0.0),
+    ],
+)
+def test_repetition_is_the_share_of_four_grams_seen_before(ids: tuple[int, ...], share: float) -> None:
+    made = batch((None, len(ids), True), (None, 3, True))
+    rollouts = [replace(made.rollouts[0], completion_ids=ids), made.rollouts[1]]
+    metrics = rollout_metrics(RolloutBatch.from_rollouts(rollouts, pad_id=0), [1.0, 1.0])
+    assert metrics["completions/repetition"] == pytest.approx(share)
+
+
+def test_completions_too_short_to_repeat_have_no_repetition() -> None:
+    assert "completions/repetition" not in rollout_metrics(batch((None, 3, True)), [1.0])
+
+
+def test_the_entropy_gap_has_a_sign_and_skips_tokens_that_nobody_taught() -> None:
+    stats = {
+        "student_entropy": torch.tensor([1.0, 2.0, 90.0]),
+        "target_entropy": torch.tensor([2.0, 2.5, 0.0]),
+        "abstained": torch.tensor([0.0, 0.0, 1.0]),
+    }
+    made = batch((None, 3, True))
+    assert token_metrics(made, stats)["entropy_gap"] == -0.75
+    assert "entropy_gap" not in token_metrics(made, {"student_entropy": torch.ones(3)})
 
 
 def test_a_prompt_without_a_domain_counts_as_default() -> None:

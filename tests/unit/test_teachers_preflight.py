@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 
 from moteach.catalogue.spec import ExpertSpec
 from moteach.errors import ConfigError, DeadTeacherError, IncompatibleTeacherError, MissingFileError
+from moteach.objectives.answers import Answers
 from moteach.teachers import preflight
 from moteach.teachers.preflight import Finding, PreflightLimits, PreflightReport
 from moteach.testing import CHAT_TEMPLATE, tiny_model, tiny_prompts, tiny_tokenizer
@@ -94,6 +96,51 @@ def test_a_teacher_of_the_same_origin_is_nearer_than_a_foreign_one(save: Save, s
     far.raise_if_failed()
     lenient = PreflightLimits(max_reverse_kl=100.0, min_overlap=0.0)
     assert check(save(tiny_model(seed=9, scale=3.0)), student, tiny_tokenizer(), PROMPTS, limits=lenient).level == "ok"
+
+
+def test_a_teacher_trained_from_the_students_checkpoint_is_not_foreign_however_far_it_is(
+    save: Save, student: Any, tmp_path: Path
+) -> None:
+    student.save_pretrained(tmp_path / "base")
+    (tmp_path / "link").symlink_to(tmp_path / "base")
+    card = save(tiny_model(seed=9, scale=3.0), reference=str(tmp_path / "base"))
+
+    def levels(spec: ExpertSpec, place: str | None) -> set[str]:
+        limits = PreflightLimits(max_reverse_kl=0.1, min_overlap=1.0)
+        report = check(spec, student, tiny_tokenizer(), PROMPTS, limits=limits, student_place=place)
+        assert report.reverse_kl is not None
+        assert report.reverse_kl > 0.1
+        return {finding(report, name).level for name in ("reverse_kl", "topk_overlap")}
+
+    assert levels(card, str(tmp_path / "link")) == {"ok"}
+    assert levels(card, str(tmp_path / "law")) == {"warn"}
+    assert levels(card, None) == {"warn"}
+    assert levels(replace(card, reference=None), str(tmp_path / "base")) == {"warn"}
+
+
+def test_affinity_is_the_mean_logprob_of_the_answers_under_each_model(save: Save, student: Any) -> None:
+    teacher = tiny_model(seed=1, scale=3.0)
+    prompts = [replace(prompt, answer=text) for prompt, text in zip(PROMPTS, ("2", "abcd", "4"), strict=True)]
+    answers = Answers(tiny_tokenizer())(prompts)
+    assert answers is not None
+    report = check(save(teacher), student, tiny_tokenizer(), PROMPTS, answers=answers)
+    expected = []
+    for model in (teacher, student):
+        values = []
+        for row in answers.rollouts:
+            ids = torch.tensor([[*row.prompt.token_ids, *row.completion_ids]])
+            with torch.no_grad():
+                logprobs = model(ids).logits[0].double().log_softmax(-1)
+            before = len(row.prompt.token_ids)
+            values += [float(logprobs[t - 1, ids[0, t]]) for t in range(before, ids.shape[1])]
+        expected.append((sum(values) / len(values), len(values)))
+    found = report.affinity
+    assert found is not None
+    assert abs(expected[0][0] - expected[1][0]) > 0.05
+    assert found.teacher == pytest.approx(expected[0][0], rel=1e-5)
+    assert found.student == pytest.approx(expected[1][0], rel=1e-5)
+    assert (found.tokens, found.answers) == (expected[0][1], 3)
+    assert check(save(teacher), student, tiny_tokenizer(), PROMPTS).affinity is None
 
 
 def test_one_swapped_id_in_the_vocabulary_is_an_error_though_the_sizes_agree(save: Save, student: Any) -> None:
