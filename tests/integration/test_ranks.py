@@ -38,6 +38,7 @@ RICH = (
     "mix.supervised=0.1",
     "mix.reference=0.05",
     "trace.gradient_cosine_every=2",
+    "trace.diagnostics_every=2",
 )
 
 
