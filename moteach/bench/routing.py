@@ -32,7 +32,8 @@ from moteach.paths import conf_dir, experts_dir
 from moteach.routing.base import Router
 from moteach.routing.encoders import NGRAMS, Encoder, encoder_named
 from moteach.routing.evaluate import measure, read_prompts
-from moteach.routing.learner import CalibrationMethod, Learner
+from moteach.routing.learner import Learner
+from moteach.routing.settings import CalibrationMethod
 from moteach.types import Prompt
 
 DOMAINS = ("math", "code", "search")
@@ -123,6 +124,8 @@ def run(argv: Sequence[str]) -> None:
                 rows.append(_untrained(name, node, question))
                 continue
             for (encoder_name, encoder), calibration in product(encoders.items(), calibrations):
+                if encoder_name == NGRAMS and _tunes(node):
+                    continue  # n-grams have no weights that could be trained
                 with console.status(f"{name}, {encoder_name}, {calibration}"):
                     setting = {"encoder": encoder_name, "calibration": calibration}
                     rows.append(_row(name, node, setting, encoder, question=question, rounds=rounds, cache=cache))
@@ -254,6 +257,10 @@ def _encoder(node: Mapping[str, Any], name: str) -> dict[str, Any]:
     return {"encoder": name} if "encoder" in node else {}
 
 
+def _tunes(node: Mapping[str, Any]) -> bool:
+    return "learning_rate" in node
+
+
 def _opened(name: str) -> Encoder:
     """Opens an encoder and makes it load, so that no router pays for that."""
     encoder = encoder_named(name)
@@ -281,11 +288,16 @@ def _row(
     timed = TimedEncoder(encoder=encoder)
     plain, cached = (build({**node, **setting, "cache": place}, where=f"router={name}") for place in (None, cache))
     for router in (plain, cached):
-        router.learned.embedder.encoder = timed
+        if not _tunes(node):
+            router.learned.embedder.encoder = timed
     start = time.perf_counter()
     plain.bind(question.experts)
     fit = time.perf_counter() - start
     cached.bind(question.experts)
+    if _tunes(node):  # has an encoder of its own since it was bound
+        timed.encoder = plain.learned.embedder.encoder
+        timed.encode(["warm"])
+        plain.learned.embedder.encoder = timed
     seen = quality(cached, question)
     prompts = question.all
     start = time.perf_counter()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib.metadata
 import importlib.util
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,26 @@ class SentenceEncoder:
         )
         return torch.as_tensor(vectors, dtype=torch.float32, device="cpu").clone()
 
+    def changed(self, change: Callable[[Any], None]) -> SentenceEncoder:
+        """Returns a copy in memory whose model was changed; it has no identity of its own until it is saved and opened.
+
+        Args:
+            change: Works on the model of the copy in place.
+        """
+        if self._loaded is None:
+            self._loaded = self._load()
+        other = SentenceEncoder(model=self.model, batch_size=self.batch_size)
+        other._identity = f"{self.identity}/changed"
+        other._loaded = copy.deepcopy(self._loaded)
+        change(other._loaded)
+        return other
+
+    def save(self, folder: Path) -> None:
+        """Writes the model as a sentence-transformers folder, its weights as safetensors."""
+        if self._loaded is None:
+            self._loaded = self._load()
+        self._loaded.save_pretrained(str(folder), create_model_card=False, safe_serialization=True)
+
     def _load(self) -> Any:
         try:
             from sentence_transformers import SentenceTransformer
@@ -88,6 +109,12 @@ class SentenceEncoder:
                 f"router.encoder: expected a sentence-transformers model (a folder, a hub id or 'package:NAME'), got "
                 f"'{self.model}', which cannot be opened: {str(error).splitlines()[0]}. Without a model: router.encoder=ngrams"
             ) from error
+
+
+def features_of(model: Any, texts: Sequence[str]) -> Any:
+    """What a sentence-transformers model takes of texts, truncated to its context."""
+    # Older versions of the package call it `tokenize`.
+    return (model.preprocess if hasattr(model, "preprocess") else model.tokenize)(list(texts))
 
 
 def _in_package(name: str) -> str:

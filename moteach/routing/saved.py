@@ -23,6 +23,8 @@ from moteach.routing.exemplars import Exemplars
 _FORMAT = 1
 _CONFIG, _TENSORS, _CARD = "router.json", "router.safetensors", "README.md"
 _HEAD = "head."
+ENCODER = "encoder"
+"""Folder of an encoder of the router's own, beside its files."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +47,8 @@ class SavedRouter:
     """Of the head."""
     temperature: float
     isotonic: Mapping[str, list[float]] | None
+    encoder_folder: Path | None = None
+    """The encoder where it is the router's own: copied in when it is written, found when it is read."""
 
 
 def write_router(folder: Path, saved: SavedRouter) -> None:
@@ -88,6 +92,8 @@ def write_router(folder: Path, saved: SavedRouter) -> None:
         save_file(tensors, aside / _TENSORS)
         (aside / _CONFIG).write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         (aside / _CARD).write_text(_card(saved), encoding="utf-8")
+        if saved.encoder_folder is not None:
+            shutil.copytree(saved.encoder_folder, aside / ENCODER)
         replace_folder(aside, folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -134,6 +140,7 @@ def read_router(folder: Path) -> SavedRouter:
             tensors={k.removeprefix(_HEAD): v for k, v in tensors.items() if k.startswith(_HEAD)},
             temperature=float(said["temperature"]),
             isotonic=said["isotonic"],
+            encoder_folder=folder / ENCODER if (folder / ENCODER).is_dir() else None,
         )
     except (json.JSONDecodeError, SafetensorError, KeyError, TypeError) as error:
         raise DataError(

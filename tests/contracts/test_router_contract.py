@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import tempfile
 import zlib
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from tiny_sentences import make_sentence_encoder
 
 from moteach.catalogue.spec import ExpertSpec
 from moteach.config.build import build
@@ -19,6 +21,7 @@ from moteach.routing.base import AskingRouter
 from moteach.types import Evidence, Prompt, Rollout, RolloutBatch, Routing, TeacherEvidence
 
 EXEMPLARS = tempfile.TemporaryDirectory()
+MODELS = tempfile.TemporaryDirectory()
 FOLDER = Path(EXEMPLARS.name)
 FILES = sorted((Path(__file__).parents[2] / "conf" / "router").glob("*.yaml"))
 NAMES = ("math", "code", "search", "law", "tax")
@@ -29,10 +32,24 @@ def path(request: pytest.FixtureRequest) -> Path:
     return request.param
 
 
+@functools.cache
+def sentences() -> str:
+    """The folder of a tiny sentence encoder, for routers that train theirs."""
+    pytest.importorskip("sentence_transformers")
+    return str(make_sentence_encoder(Path(MODELS.name), list(NAMES)))
+
+
 def make(option: Path, experts: list[ExpertSpec], **changed: Any) -> Any:
-    """Builds the option as it ships, except that seeds are numbers and encoders need no model."""
+    """Builds the option as it ships, except that seeds are numbers and encoders need no download."""
     node = {key: 0 if value == "${seed}" else value for key, value in yaml.safe_load(option.read_text()).items()}
-    node |= {key: value for key, value in {"encoder": "ngrams", "cache": None}.items() if key in node}
+    encoder = sentences() if "learning_rate" in node else "ngrams"
+    given = {
+        "encoder": encoder,
+        "cache": None,
+        "epochs": 8,
+        "learning_rate": 0.01,
+    }  # an untrained encoder has more to learn
+    node |= {key: value for key, value in given.items() if key in node}
     router = build(node | changed, where="router")
     router.bind(experts)
     if isinstance(router, AskingRouter):
@@ -118,7 +135,7 @@ def check(routing: Routing, rows: int, teachers: int) -> None:
 
 def test_there_are_options() -> None:
     names = {"label", "uniform", "random", "oracle", "embedding_prototype", "embedding_knn", "classifier"}
-    names |= {"likelihood", "learned"}
+    names |= {"likelihood", "learned", "finetuned"}
     assert names <= {path.stem for path in FILES}
 
 
@@ -228,9 +245,15 @@ def test_a_saved_router_routes_identically(learned: Path, tmp_path: Path) -> Non
     loaded = make(learned, experts(5), weighting="soft", temperature=0.7, path=str(tmp_path / "router"))
     assert torch.equal(loaded.route(prompts(5)).weights, straight.weights)
     assert loaded.state_dict() == router.state_dict()
-    assert sorted(file.name for file in (tmp_path / "router").iterdir()) == [
-        "README.md", "router.json", "router.safetensors",
-    ]  # fmt: skip
+    kept = {"README.md", "router.json", "router.safetensors"} | (
+        {"encoder"} if "learning_rate" in learned.read_text() else set()
+    )
+    assert {file.name for file in (tmp_path / "router").iterdir()} == kept
+    assert {file.suffix for file in (tmp_path / "router").rglob("*.*") if file.is_file()} == {
+        ".md",
+        ".json",
+        ".safetensors",
+    }
     assert str(FOLDER) not in (tmp_path / "router" / "router.json").read_text()
 
 
