@@ -180,7 +180,7 @@ def _learned(router: Any, action: str) -> Any:
     if not isinstance(learned, Learner):
         raise ConfigError(
             f"route {action}: expected a router that learns from exemplars, got {type(router).__name__}, which has nothing to "
-            f"{'save' if action == 'fit' else 'show'}. Try router=embedding_prototype, embedding_knn or classifier"
+            f"{'save' if action == 'fit' else 'show'}. Try router=embedding_prototype, embedding_knn, classifier or finetuned"
         )
     return learned
 

@@ -127,7 +127,7 @@ def learner_of(router: Any) -> Learner:
     if not isinstance(learned, Learner):
         raise ConfigError(
             f"expected a router that learns from exemplars, got {type(router).__name__}, which has no reasons to show. Use "
-            "router=embedding_prototype, embedding_knn or classifier, or draw the folder of a run"
+            "router=embedding_prototype, embedding_knn, classifier or finetuned, or draw the folder of a run"
         )
     return learned
 
