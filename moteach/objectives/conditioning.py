@@ -43,19 +43,21 @@ class Conditioning:
 
         Returns:
             The routing, and `posterior/known` (share of rows with a right answer), `posterior/ignorant` (share of rows that
-            lost their last teacher) and `posterior/teachers` (mean number of teachers left, exp of the entropy of the weights).
+            lost their last teacher) and `posterior/teachers` (mean number of teachers left, exp of the entropy of the weights);
+            the routing itself and nothing where no row has two teachers.
         """
         weights = routing.weights
-        # one teacher a row is nothing to choose from, and asking it would cost a forward
-        known = self._right(rollouts, rewards) if bool(((weights > 0).sum(dim=1) > 1).any()) else None
+        if not bool(((weights > 0).sum(dim=1) > 1).any()):
+            # one teacher a row is nothing to choose from, and asking it would cost a forward
+            return routing, {}
+        share = 0.0
+        known = self._right(rollouts, rewards)
         if known is not None:
             totals, lengths = self._scored(known, rollouts, routing, ask)
             weights = self.resolver.condition(weights, totals, lengths)
             share = float((lengths > 0).double().mean())
-        else:
-            share = 0.0
         closed = (weights.sum(dim=1) == 0) & ~routing.abstained
-        confidence = weights.amax(dim=1) if weights.shape[1] else routing.confidence
+        confidence = weights.amax(dim=1)
         taught = weights[weights.sum(dim=1) > 0].double()
         left = float((-torch.xlogy(taught, taught).sum(dim=1)).exp().mean()) if len(taught) else 0.0
         metrics = {

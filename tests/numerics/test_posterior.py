@@ -155,3 +155,22 @@ def test_answers_come_first_then_verified_completions_and_each_prompt_is_asked_a
     found, metrics = shy(batch, routing, [0.0, 0.0, 0.0, 1.0, 0.0], ask=ask)
     assert found.abstained.tolist() == [True, True, True, True, False]
     assert metrics["posterior/ignorant"] == pytest.approx(0.8)
+
+
+def test_where_no_row_has_two_teachers_nobody_is_asked_and_nothing_changes() -> None:
+    rows = [rollout("gold", (7,), answer="9"), rollout("other", (4,), answer="9")]
+    batch = RolloutBatch.from_rollouts(rows, pad_id=0)
+    routing = Routing(
+        teacher_ids=("a", "b"),
+        prompt_ids=("gold", "other"),
+        weights=torch.tensor([[1.0, 0.0], [0.0, 0.0]]),
+        confidence=torch.tensor([1.0, 0.0]),
+        abstained=torch.tensor([False, True]),
+    )
+
+    def ask(known: RolloutBatch, given: Routing) -> Evidence:
+        raise AssertionError("a forward for nothing")
+
+    found, metrics = Conditioning(resolver=EXACT, answers=lambda prompts: batch)(batch, routing, [1.0, 1.0], ask=ask)
+    assert found is routing
+    assert metrics == {}
