@@ -17,14 +17,15 @@ from rich.table import Table
 
 from moteach.catalogue.spec import ExpertSpec
 from moteach.cli.app import quiet_libraries, run_app
-from moteach.cli.route_tokens import show
+from moteach.cli.route_prompt import fresh_rows
+from moteach.cli.route_tokens import show, show_rows
 from moteach.errors import ConfigError, nearest
 
 _ACTIONS = ("fit", "explain", "eval")
 
 
 def run(argv: Sequence[str]) -> None:
-    """Runs `moteach route ACTION` with Hydra's overrides; `explain` takes the text of a prompt first, or `run=DIR`.
+    """Runs `moteach route ACTION` with Hydra's overrides; `explain` takes the text of a prompt, or `run=DIR`, or both.
 
     Raises:
         ConfigError: The action is none of them, or `explain` has no text.
@@ -35,13 +36,22 @@ def run(argv: Sequence[str]) -> None:
     action, rest = argv[0], list(argv[1:])
     command = f"moteach route {shlex.join(argv)}"
     if action == "explain" and any(word.startswith("run=") for word in rest):
-        run_app("route", rest, partial(explain_tokens, command=command))
+        text = None if _is_override(rest[0]) else rest.pop(0)
+        run_app("route", rest, partial(explain_tokens, command=command, text=text))
     elif action == "explain":
         if not rest or not rest[0].strip() or rest[0].startswith("--"):
             raise ConfigError('expected the text of a prompt, got none: moteach route explain "12+30=", or run=DIR')
         run_app("route", rest[1:], partial(explain, text=rest[0]))
     else:
         run_app("route", rest, partial(fit if action == "fit" else evaluate, command=command))
+
+
+def _is_override(word: str) -> bool:
+    """Tells an override from a prompt, which may have an equals sign too (`12+30=`): by the name before it."""
+    from moteach.config.schema import RouteConfig
+
+    name = word.lstrip("+~").partition("=")[0].split(".")[0].split("@")[0]
+    return word.startswith("--") or ("=" in word and (name in RouteConfig.__dataclass_fields__ or name == "hydra"))
 
 
 def fit(cfg: DictConfig, *, command: str) -> float | None:
@@ -114,14 +124,18 @@ def explain(cfg: DictConfig, *, text: str) -> None:
     _write(cfg.out, report, f"moteach route explain {shlex.quote(text)}")
 
 
-def explain_tokens(cfg: DictConfig, *, command: str) -> None:
-    """Shows completions of a traced run, coloured by the teacher of each token."""
+def explain_tokens(cfg: DictConfig, *, command: str, text: str | None = None) -> None:
+    """Shows completions of a traced run, or the answer of its student to `text`, coloured by the teacher of each token."""
     from moteach.config.validate import check_keys
 
     check_keys(cfg)
     if not cfg.nearest >= 1:
         raise ConfigError(f"nearest: expected at least 1, got {cfg.nearest}")
-    rows = show(Path(cfg.run).expanduser(), count=cfg.nearest, console=Console())
+    run_dir = Path(cfg.run).expanduser()
+    if text is None:
+        rows = show(run_dir, count=cfg.nearest, console=Console())
+    else:
+        rows = show_rows(fresh_rows(run_dir, text), count=1, console=Console())
     _write(cfg.out, {"rows": rows}, command)
 
 

@@ -65,7 +65,11 @@ def show(run: Path, *, count: int, console: Console) -> list[dict[str, Any]]:
     Raises:
         ConfigError: The run was not traced.
     """
-    rows = token_rows(run)
+    return show_rows(token_rows(run), count=count, console=console)
+
+
+def show_rows(rows: Sequence[Mapping[str, Any]], *, count: int, console: Console) -> list[dict[str, Any]]:
+    """Prints the completions of these rows of tokens, at most `count` of a domain, and returns what was printed."""
     teachers = list(rows[0]["weights"])
     colours = {name: COLOURS[place % len(COLOURS)] for place, name in enumerate(teachers)}
     legend = Text(f"step {rows[0]['step']}   ")

@@ -255,7 +255,8 @@ class RouteConfig:
     student: StudentConfig = field(default_factory=StudentConfig)
     data: Any = MISSING
     run: str | None = None
-    """Folder of a run trained with `gate.trace=true`, whose tokens `route explain` shows instead of a prompt."""
+    """Folder of a run trained with `gate.trace=true`, whose tokens `route explain` shows; with a prompt, of any run,
+    whose student answers it."""
     prompts: str | None = None
     """Labelled JSONL of `route eval`; None: the held-out prompts of `data`."""
     nearest: int = 5

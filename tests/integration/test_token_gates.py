@@ -126,3 +126,23 @@ def test_explain_shows_a_traced_run_by_the_teacher_of_each_token(
         assert f"{entry['prompt_id']}  " in said
     assert main(["route", "explain", f"run={finished}"]) == 2
     assert "gate.trace=true" in capsys.readouterr().err
+
+
+def test_explain_lets_the_student_of_a_run_answer_a_new_prompt_and_writes_nothing_into_the_run(
+    world: TinyWorld, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = train(tmp_path / "run", *world.overrides, *SOFT, "gate=confidence", "max_steps=2")
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    capsys.readouterr()
+    out = tmp_path / "out.json"
+    assert main(["route", "explain", "a=b", f"run={run}", f"out={out}"]) == 0
+    (entry,) = json.loads(out.read_text())["rows"]
+    assert entry["prompt_id"] == "explained"
+    assert len(entry["tokens"]) == len(entry["weights"]) > 0
+    for weights, teacher in zip(entry["weights"], entry["teachers"], strict=True):
+        assert sum(weights.values()) == pytest.approx(1.0)
+        assert teacher == max(weights, key=weights.__getitem__)
+        assert 0.5 <= weights[teacher] < 1.0, "soft: the gate weighs, the router would have given halves"
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+    assert main(["route", "explain", "a=b", f"run={tmp_path}"]) == 2
+    assert "config.yaml" in capsys.readouterr().err
