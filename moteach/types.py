@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -250,3 +250,12 @@ class LossOutput:
     token_stats: Mapping[str, Float[Tensor, " packed"]] = field(default_factory=dict)
     """Detached per-token values by name (`divergence`, `student_entropy`, `neg_log_z`, ...), packed order."""
     metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+@runtime_checkable
+class ReliabilityTable(Protocol):
+    """How often teachers are right, for a router or an analysis; resolvers read it as the weights of their teachers."""
+
+    def of(self, teacher_id: str, domain: str) -> float:
+        """Estimated probability that the teacher's own answer to a prompt of the domain is right."""
+        ...

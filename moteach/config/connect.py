@@ -6,16 +6,28 @@ from collections.abc import Sequence
 from typing import Any
 
 from moteach.errors import ConfigError
-from moteach.routing.base import AskingRouter
+from moteach.routing.base import AskingRouter, ReliabilityReader
 from moteach.teachers.pool import TeacherPool
 from moteach.teachers.reuse import ReusingTeachers
 from moteach.trainer import Trainer
-from moteach.types import Prompt
+from moteach.types import Prompt, ReliabilityTable
 
 
 def connect_router(trainer: Trainer) -> None:
-    """Gives a router that needs evidence a way to ask the trainer's teachers, who then remember what they said."""
+    """Gives a router what it needs: the record of the teachers, or a way to ask them, who then remember what they said.
+
+    Raises:
+        ConfigError: It reads a record that nothing in the run keeps.
+    """
     router, pool = trainer.router, trainer.teachers
+    if isinstance(router, ReliabilityReader):
+        table = getattr(trainer.teacher_gate, "reliability", None)
+        if not isinstance(table, ReliabilityTable):
+            raise ConfigError(
+                f"router={type(router).__name__}: expected a teacher gate that keeps a record of the teachers, got "
+                f"teacher_gate={trainer.teacher_gate.name}; all of them would look alike. Set teacher_gate=reliable"
+            )
+        router.bind_reliability(table)
     if isinstance(router, AskingRouter) and "evidence" in router.needs and isinstance(pool, TeacherPool):
         teachers = ReusingTeachers(pool, support=trainer.settings.support, k=trainer.settings.k)
         trainer.teachers = teachers

@@ -13,7 +13,7 @@ from torch import Tensor
 from moteach.catalogue.spec import ExpertSpec
 from moteach.errors import ConfigError
 from moteach.routing.context import GateContext
-from moteach.types import Evidence, Prompt, RolloutBatch, Routing, Support
+from moteach.types import Evidence, Prompt, ReliabilityTable, RolloutBatch, Routing, Support
 
 Ask = Callable[[RolloutBatch, Routing], Evidence]
 """Asks the teachers that a routing names about its rows; answers with the logprob of each written token (`sampled`)."""
@@ -56,6 +56,15 @@ class AskingRouter(Protocol):
 
     def bind_teachers(self, ask: Ask) -> None:
         """Hands over how teachers are asked; called once, after `bind`."""
+        ...
+
+
+@runtime_checkable
+class ReliabilityReader(Protocol):
+    """A router that reads how often each teacher has been right; its `needs` name `reliability`."""
+
+    def bind_reliability(self, table: ReliabilityTable) -> None:
+        """Hands over the record that the run's teacher gate keeps; called once, after `bind`."""
         ...
 
 

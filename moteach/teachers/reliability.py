@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from jaxtyping import Bool
@@ -27,15 +27,6 @@ from moteach.teachers.gating import (
 from moteach.types import Evidence, RolloutBatch, Routing, TeacherEvidence
 
 _CHUNK = 1024
-
-
-@runtime_checkable
-class ReliabilityTable(Protocol):
-    """What a router, a resolver or an analysis may read."""
-
-    def of(self, teacher_id: str, domain: str) -> float:
-        """Estimated probability that the teacher's own answer to a prompt of the domain is right."""
-        ...
 
 
 class Reliability:

@@ -17,7 +17,7 @@ from tiny_sentences import make_sentence_encoder
 
 from moteach.catalogue.spec import ExpertSpec
 from moteach.config.build import build
-from moteach.routing.base import AskingRouter
+from moteach.routing.base import AskingRouter, ReliabilityReader
 from moteach.types import Evidence, Prompt, Rollout, RolloutBatch, Routing, TeacherEvidence
 
 EXEMPLARS = tempfile.TemporaryDirectory()
@@ -52,11 +52,20 @@ def make(option: Path, experts: list[ExpertSpec], **changed: Any) -> Any:
     node |= {key: value for key, value in given.items() if key in node}
     router = build(node | changed, where="router")
     router.bind(experts)
+    if isinstance(router, ReliabilityReader):
+        router.bind_reliability(Record())
     if isinstance(router, AskingRouter):
         router.bind_teachers(say)
         route = router.route
         router.route = lambda prompts: route(prompts, completions(prompts))  # type: ignore[method-assign]
     return router
+
+
+class Record:
+    """A reliability that is a hash of teacher and domain."""
+
+    def of(self, teacher_id: str, domain: str) -> float:
+        return (1 + zlib.crc32(f"{teacher_id} {domain}".encode())) / 2.0**33
 
 
 def completions(prompts: list[Prompt]) -> RolloutBatch:
@@ -135,7 +144,7 @@ def check(routing: Routing, rows: int, teachers: int) -> None:
 
 def test_there_are_options() -> None:
     names = {"label", "uniform", "random", "oracle", "embedding_prototype", "embedding_knn", "classifier"}
-    names |= {"likelihood", "learned", "finetuned"}
+    names |= {"likelihood", "learned", "finetuned", "reliability"}
     assert names <= {path.stem for path in FILES}
 
 

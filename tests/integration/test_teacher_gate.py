@@ -14,6 +14,7 @@ from integration_runs import metrics, rows, student_bytes, train
 from transformers import AutoModelForCausalLM
 
 from moteach.cli.main import main
+from moteach.evaluation.examiner import TeacherExaminer
 from moteach.testing import TinyWorld, write_tiny_world
 from moteach.trainer import Trainer
 
@@ -169,3 +170,23 @@ def test_what_a_gate_learned_survives_an_interruption(name: str, graded: TinyWor
         gates = {key for key in right if key.startswith(("teacher_gate/", "reliability/"))}
         assert {key: left[key] for key in gates} == {key: right[key] for key in gates}
         assert gates
+
+
+def test_a_router_reads_the_record_of_the_teachers_and_leaves_those_that_are_wrong(
+    world: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def scores(self: TeacherExaminer, teacher_id: str, prompts: Any) -> list[float]:
+        return [float(teacher_id == "alpha" or prompt.domain == "beta") for prompt in prompts]
+
+    monkeypatch.setattr(TeacherExaminer, "scores", scores)
+    arguments = [*world.overrides, "eval=none", "router=reliability", "conflict=linear"]
+    run = train(
+        tmp_path / "run", *arguments, "teacher_gate=reliable", "teacher_gate.sharpness=0", "teacher_gate.floor=0"
+    )
+    found = {(row["step"] > 1, row["domain"]): row["weights"] for row in rows(run, "routing")}
+    assert found[False, "alpha"] == found[False, "beta"] == {"alpha": 0.5, "beta": 0.5}, "nobody has a record yet"
+    assert found[True, "alpha"] == {"alpha": 1.0, "beta": 0.0}
+    assert found[True, "beta"] == {"alpha": 0.5, "beta": 0.5}, "as good as each other"
+    assert main(["train", *arguments, f"run_dir={tmp_path / 'refused'}"]) == 2
+    assert "Set teacher_gate=reliable" in capsys.readouterr().err
+    assert not (tmp_path / "refused").exists()

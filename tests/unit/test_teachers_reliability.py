@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from moteach.teachers.gating import Probes, reweighted
-from moteach.teachers.reliability import Reliability, ReliabilityTable, ReliableTeachers, argmax_agrees
-from moteach.types import Evidence, Head, Prompt, Rollout, RolloutBatch, Routing, TeacherEvidence
+from moteach.teachers.reliability import Reliability, ReliableTeachers, argmax_agrees
+from moteach.types import Evidence, Head, Prompt, ReliabilityTable, Rollout, RolloutBatch, Routing, TeacherEvidence
 
 VOCAB = 7
 NEXT = {0: 4, 1: 5, 2: 3, 3: 6, 4: 1, 5: 0, 6: 2}
