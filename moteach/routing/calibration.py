@@ -53,7 +53,10 @@ def fit_temperature(logits: Float[Tensor, "prompt teacher"], owners: Bool[Tensor
 def fit_isotonic(
     confidence: Float[Tensor, " prompt"], correct: Bool[Tensor, " prompt"]
 ) -> tuple[list[float], list[float]]:
-    """Least-squares non-decreasing fit of `correct` on `confidence`, by pooling adjacent violators.
+    """Least-squares non-decreasing fit v of `correct` on `confidence`, by pooling adjacent violators; leaves room for doubt.
+
+    Of N prompts, the value is (N v + 1) / (N + 2) as in Platt's targets: N prompts that were all right do not make the next one
+    certain.
 
     Returns:
         Knots and values; `apply_isotonic` interpolates between them. Equal confidences are one point first.
@@ -61,6 +64,7 @@ def fit_isotonic(
     points, which = torch.unique(confidence.double(), sorted=True, return_inverse=True)
     counts = torch.zeros(len(points), dtype=torch.float64).index_add_(0, which, torch.ones_like(confidence.double()))
     hits = torch.zeros(len(points), dtype=torch.float64).index_add_(0, which, correct.double())
+    total = len(confidence)
     blocks: list[list[float]] = []  # first knot, last knot, hits, prompts
     for point, hit, count in zip(points.tolist(), hits.tolist(), counts.tolist(), strict=True):
         blocks.append([point, point, hit, count])
@@ -72,7 +76,7 @@ def fit_isotonic(
     for first, last, hit, count in blocks:
         for knot in (first,) if first == last else (first, last):
             knots.append(knot)
-            values.append(hit / count)
+            values.append((total * hit / count + 1) / (total + 2))
     return knots, values
 
 

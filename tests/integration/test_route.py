@@ -144,8 +144,9 @@ def test_a_run_that_reads_no_labels_finds_the_teachers(world: TinyWorld, tmp_pat
     assert routed
     assert all(sum(row["weights"].values()) == pytest.approx(1.0) for row in routed)
     assert [row["teacher"] for row in routed] == [row["domain"] for row in routed]
-    # Exemplars that are all told apart when held out: isotonic regression has seen no error.
-    assert {row["confidence"] for row in routed} == {1.0}
+    # Exemplars that are all told apart when held out, so all prompts are as sure as can be; which is not certain.
+    (confidence,) = {row["confidence"] for row in routed}
+    assert 0.9 < confidence < 1.0
 
 
 def test_held_out_prompts_among_the_exemplars_end_a_run_before_it_starts(
