@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from moteach.checkpoint import flatten_optimizer, optimized, restore_optimizer, restore_tensors, trained_tensors
+from moteach.teachers.following import following_tensors, load_following
 
 if TYPE_CHECKING:
     from moteach.trainer import Trainer
@@ -31,6 +32,8 @@ def save(trainer: Trainer, step: int) -> None:
         "optimizer": buffers,
         "rng": {"torch": torch.get_rng_state()},
     }
+    if copies := following_tensors(trainer.teachers):
+        tensors["teachers"] = copies
     if trainer.lessons is not None:
         state["gate"] = trainer.lessons.gate.state_dict()
         tensors["gate"] = trainer.lessons.gate.tensors()
@@ -51,5 +54,6 @@ def resume(trainer: Trainer, step: int) -> None:
     trainer.router.load_state_dict(state["router"])
     trainer.learner.balance.load_state_dict(state["balance"])
     trainer.teacher_gate.load_state_dict(state["teacher_gate"])
+    load_following(trainer.teachers, tensors.get("teachers", {}))
     if trainer.lessons is not None:
         trainer.lessons.gate.load_state_dict(state["gate"], tensors.get("gate", {}))

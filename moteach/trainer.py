@@ -33,6 +33,7 @@ from moteach.sharding import whole
 from moteach.students import Student
 from moteach.teachers.base import Teacher
 from moteach.teachers.failover import Failover
+from moteach.teachers.following import follow
 from moteach.teachers.gating import NoTeacherGate, TeacherGate
 from moteach.teachers.pool import TeacherPool
 from moteach.teachers.reuse import ReusingTeachers
@@ -115,6 +116,7 @@ class Trainer:
                 output = self.update(step, rollouts, routing, evidence, rewards)
                 output = replace(output, metrics={**notes, **output.metrics})
             self.engine.sync(self.student.model, version=step + 1)
+            follow(self.teachers, version=step + 1)
             self.record(step + 1, rollouts, routing, evidence, rewards, output)
             if self.checkpoint_due(step + 1):
                 self.save(step + 1)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from moteach.catalogue.selves import context_problem, student_problems
 from moteach.catalogue.urls import url_problem
 from moteach.errors import ExpertCardError, MissingFileError, nearest
 
@@ -29,6 +30,7 @@ class ExpertSpec:
     The weights come from exactly one place: `model`, or `adapter` on top of `base`, or the `output` folder of `recipe`.
     A recipe without `output` may stand beside `model`: it then records how that model was made.
     An expert behind a server has `url` in their place; `model` may stand beside it, as this machine's copy of what is served.
+    An expert that is the run's own student has `student` in their place.
 
     Raises:
         ExpertCardError: A value cannot be used, or the weights come from no place or from two.
@@ -46,6 +48,14 @@ class ExpertSpec:
     """Address of the server the expert answers from, as `http://127.0.0.1:8000`; nothing is loaded here."""
     served_name: str | None = None
     """Name the server knows it by (`--served-model-name`, or that of an adapter); None: the name of the expert."""
+    student: str | None = None
+    """The run's own student as a teacher: `live` (as it is now; needs `context`), `ema` or `snapshot`."""
+    decay: float = 0.99
+    """With `student: ema`: weight of the past after every step, from 0 to below 1."""
+    snapshot_steps: list[int] = field(default_factory=lambda: [0])
+    """With `student: snapshot`: steps after which the teacher becomes what the student is then; 0 is the start of the run."""
+    context: str | None = None
+    """What the teacher reads in the place of a prompt: a template with `{prompt}` and perhaps `{answer}`."""
     recipe: dict[str, Any] = field(default_factory=dict)
     """How to train the expert, read by `moteach specialize`; its `output` is the folder the weights go to.
 
@@ -74,8 +84,8 @@ class ExpertSpec:
 
     @property
     def weights(self) -> str:
-        """Where the weights are: `model`, `adapter` or `recipe.output`, whichever is given, or else `url`."""
-        return str(self.model or self.adapter or self.url or self.recipe["output"])
+        """Where the weights are: `model`, `adapter` or `recipe.output`, whichever is given, or else `url` or `student`."""
+        return str(self.model or self.adapter or self.url or self.student or self.recipe["output"])
 
 
 def require_built(spec: ExpertSpec) -> None:
@@ -84,7 +94,7 @@ def require_built(spec: ExpertSpec) -> None:
     Raises:
         MissingFileError: Its weights are not there yet.
     """
-    if spec.model or spec.adapter or spec.url or Path(spec.weights).is_dir():
+    if spec.model or spec.adapter or spec.url or spec.student or Path(spec.weights).is_dir():
         return
     raise MissingFileError(
         f"the expert '{spec.name}' is not built yet: run `moteach specialize expert={spec.name}` (expected its weights "
@@ -110,7 +120,9 @@ def problems_of(spec: ExpertSpec) -> list[tuple[str | None, str]]:
         )
     if "" in (label.strip() for label in spec.domains) or len(set(spec.domains)) != len(spec.domains):
         problems.append(("domains", f"expected different, non-empty labels in 'domains', got {spec.domains}"))
-    return problems + _weights_problems(spec)
+    if spec.context is not None and (problem := context_problem(spec.context)):
+        problems.append(("context", problem))
+    return problems + (_weights_problems(spec) if spec.student is None else student_problems(spec))
 
 
 def _weights_problems(spec: ExpertSpec) -> list[tuple[str | None, str]]:

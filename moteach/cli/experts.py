@@ -56,6 +56,8 @@ def show_catalogue(folders: Sequence[Path]) -> None:
 
 
 def _weights(spec: ExpertSpec) -> str:
+    if spec.student is not None:
+        return f"the student ({spec.student})"
     folder = Path(spec.weights)
     if folder.is_absolute() and not folder.exists():
         return f"not built: moteach specialize expert={spec.name}"
@@ -87,6 +89,9 @@ def check_teachers(cfg: DictConfig) -> None:
     for name in cfg.experts:
         spec = OmegaConf.to_object(cfg.experts[name])
         assert isinstance(spec, ExpertSpec)
+        if spec.student is not None:
+            console.print(f"{name}: the student itself ({spec.student}); there is nothing to compare before a run")
+            continue
         own = [prompt for prompt in prompts.evaluation if prompt.domain in spec.domains]
         probe = (own or list(prompts.evaluation))[: cfg.probe_prompts]
         try:

@@ -174,10 +174,11 @@ class Measurement:
             own = [domain for domain in self.domains if domain in expert.domains and expert.weight > 0]
             if not own:
                 continue
-            if expert.url is not None:
-                self.console.print(f"not measured before training, since it answers from a server: {expert.name}")
+            model = getattr(self.job.trainer.teachers.get(expert.name), "model", None)
+            if model is None or expert.url is not None:
+                reason = "answers from a server" if expert.url else "is the student, or is told more than the prompt"
+                self.console.print(f"not measured before training, since it {reason}: {expert.name}")
                 continue
-            model = self.job.trainer.teachers.get(expert.name).model
             for domain, score in self.of(model, own, f"teacher {expert.name}").items():
                 if domain not in teacher or score.accuracy > teacher[domain].accuracy:
                     teacher[domain] = score

@@ -16,6 +16,7 @@ from moteach.catalogue.spec import ExpertSpec, require_built
 from moteach.checkpoint import Checkpoints
 from moteach.config.build import build
 from moteach.config.checks import (
+    check_contexts,
     check_exemplars,
     check_first_step,
     check_labels,
@@ -52,6 +53,7 @@ from moteach.settings import TrainerSettings
 from moteach.sharding import shard
 from moteach.students import Student
 from moteach.teachers.failover import Failover
+from moteach.teachers.following import bind_student
 from moteach.teachers.hf import HFTeacher
 from moteach.teachers.pool import TeacherPool
 from moteach.tracking.base import Tracker
@@ -124,6 +126,8 @@ def assemble(cfg: DictConfig, *, trackers: Sequence[Tracker] = (), ranks: Ranks 
             memory=memory_of(cfg.teachers),
             hidden_dtype=hidden_dtype_of(cfg.teachers),
             served=_served(cfg),
+            tokenizer=tokenizer,
+            longest=getattr(student.model.config, "max_position_embeddings", None),
         ),
         router=_router(cfg, experts),
         sampler=_sampler(cfg, prompts, experts),
@@ -150,6 +154,7 @@ def assemble(cfg: DictConfig, *, trackers: Sequence[Tracker] = (), ranks: Ranks 
         failover=Failover(policy=build_failure_policy(cfg)),
         identity=identity_of(cfg, experts, prompts),
     )
+    bind_student(trainer.teachers, student.model)
     connect_router(trainer)
     job = Job(cfg=cfg, run_dir=run_dir, trainer=trainer, prompts=prompts, experts=experts, tokenizer=tokenizer)
     _check(job)
@@ -187,6 +192,7 @@ def _check(job: Job) -> None:
     check_first_step(trainer.sampler)
     check_ranks(trainer)
     check_references(trainer.learner.objective.needs, job.experts, trainer.teachers)
+    check_contexts(job.experts, trainer.teachers, drawn)
     check_teachers(job.experts, trainer.student, trainer.teachers, support=cfg.support.name, k=cfg.support.k)
     if trainer.teacher_gate.examines:
         _bind_examiner(job)

@@ -18,10 +18,12 @@ from moteach.routing.exemplars import check_leak
 from moteach.routing.label import LabelRouter
 from moteach.routing.learner import Learner
 from moteach.students import Student
+from moteach.teachers.following import following
 from moteach.teachers.hf import HFTeacher
 from moteach.teachers.lora import LoRATeacher
 from moteach.teachers.pool import TeacherPool
 from moteach.teachers.preflight import check
+from moteach.teachers.privileged import PrivilegedTeacher
 from moteach.teachers.reuse import ReusingTeachers
 from moteach.trainer import Trainer
 from moteach.types import Prompt, Support
@@ -50,11 +52,29 @@ def check_teachers(
     """
     for expert in experts:
         teacher: Any = teachers.get(expert.name)
+        if expert.student is not None:
+            continue
+        teacher = teacher.inner if isinstance(teacher, PrivilegedTeacher) else teacher
         if expert.url is not None:
             teacher.check(student.tokenizer, support=support, k=k)
             continue
         loaded = teacher if isinstance(teacher, HFTeacher | LoRATeacher) else None
         check(expert, student.model, student.tokenizer, [], teacher=loaded).raise_if_failed()
+
+
+def check_contexts(
+    experts: Sequence[ExpertSpec], teachers: TeacherPool | ReusingTeachers, drawn: Sequence[Prompt]
+) -> None:
+    """Writes what teachers with a `context` will read, once.
+
+    Raises:
+        DataError: A prompt has no answer that could be shown.
+        ConfigError: The tokenizer cannot write the context.
+    """
+    for expert in experts:
+        teacher = teachers.get(expert.name)
+        if isinstance(teacher, PrivilegedTeacher):
+            teacher.check(drawn, domains=expert.domains)
 
 
 def check_references(
@@ -82,6 +102,7 @@ def check_ranks(trainer: Trainer) -> None:
         "a gate that learns": trainer.lessons is not None,
         f"teacher_gate={trainer.teacher_gate.name}": trainer.teacher_gate.name != "none",
         "a resolver that operates on gradients": trainer.learner.surgery is not None,
+        "a teacher that is the student": bool(list(following(trainer.teachers))),
     }
     if found := [name for name, here in parts.items() if here]:
         raise UnsupportedCombinationError(

@@ -26,7 +26,10 @@ def identity_of(cfg: DictConfig, experts: Sequence[ExpertSpec], prompts: PromptS
         # a server may move; what it serves may not change
         identity.pop(f"experts.{expert.name}.url", None)
         served = expert.url is not None and expert.model is None
-        digest = "behind a server" if served else weights_digest(expert.weights, expert.revision)
+        if expert.student is not None:
+            digest = "of the student"
+        else:
+            digest = "behind a server" if served else weights_digest(expert.weights, expert.revision)
         identity[f"experts.{expert.name} (weights)"] = digest
     identity["student.model (weights)"] = weights_digest(cfg.student.model, cfg.student.revision)
     if cfg.teachers.hidden_dtype is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Int
@@ -17,6 +17,8 @@ from moteach.teachers.hf import HFTeacher
 from moteach.teachers.lora import AdapterStore, LoRATeacher
 from moteach.teachers.mapped import MappedStore
 from moteach.teachers.mixed import score_mixed
+from moteach.teachers.own import Stage, StudentTeacher
+from moteach.teachers.privileged import PrivilegedTeacher
 from moteach.teachers.references import References
 from moteach.teachers.scoring import dead
 from moteach.teachers.store import ModelStore
@@ -64,6 +66,8 @@ class TeacherPool:
         memory: int | None = None,
         hidden_dtype: torch.dtype | None = None,
         served: Mapping[str, Any] | None = None,
+        tokenizer: Any = None,
+        longest: int | None = None,
     ) -> TeacherPool:
         """Builds the pool of a run's experts with the checkpoints they were trained from, see `build_teachers`."""
         store = store_of(max_resident=max_resident, memory=memory, device=device)
@@ -76,6 +80,8 @@ class TeacherPool:
                 store=store,
                 device=device,
                 served=served,
+                tokenizer=tokenizer,
+                longest=longest,
             ),
             references=References.from_experts(
                 specs, store=store, max_tokens_per_forward=max_tokens_per_forward, vocab_size=vocab_size
@@ -217,6 +223,8 @@ def build_teachers(
     device: str = "cpu",
     memory: int | None = None,
     served: Mapping[str, Any] | None = None,
+    tokenizer: Any = None,
+    longest: int | None = None,
 ) -> list[Any]:
     """Builds teachers for experts: weights load on first use, equal checkpoints load once, servers are asked on first use.
 
@@ -230,6 +238,8 @@ def build_teachers(
         device: A torch device, or `auto`.
         memory: Most bytes of whole models at once, see `MappedStore`; None keeps them loaded.
         served: Further arguments of `VLLMTeacher`, for experts with a `url`.
+        tokenizer: The student's, for experts with a `context`.
+        longest: Most tokens of a row with such a context; None does not look.
 
     Raises:
         ConfigError: A size is not positive, or a server's host is not allowed.
@@ -252,6 +262,18 @@ def build_teachers(
                     chunk_size=chunk_size,
                     vocab_size=vocab_size,
                     **(served or {}),
+                )
+            )
+            continue
+        if spec.student is not None:
+            teachers.append(
+                StudentTeacher(
+                    teacher_id=spec.name,
+                    stage=cast(Stage, spec.student),
+                    decay=spec.decay,
+                    snapshot_steps=spec.snapshot_steps,
+                    chunk_size=chunk_size,
+                    max_tokens_per_forward=max_tokens_per_forward,
                 )
             )
             continue
@@ -282,4 +304,9 @@ def build_teachers(
                 store=models,
             )
         )
-    return teachers
+    return [
+        teacher
+        if spec.context is None
+        else PrivilegedTeacher(teacher, context=spec.context, tokenizer=tokenizer, longest=longest)
+        for spec, teacher in zip(experts, teachers, strict=True)
+    ]

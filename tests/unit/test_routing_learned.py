@@ -100,7 +100,9 @@ def test_the_classifier_ships_calibrated_by_isotonic_regression(experts: list[Ex
     shipped = bound(experts, ClassifierRouter).learned
     stated = bound(experts, ClassifierRouter, calibration="temperature").learned
     texts = ["12+6=", "rev(12)"]
-    assert shipped.scores(texts).confidence.tolist() == pytest.approx([13 / 14] * 2), "one value for all that is told apart"
+    assert shipped.scores(texts).confidence.tolist() == pytest.approx([13 / 14] * 2), (
+        "one value for all that is told apart"
+    )
     assert len(set(stated.scores(texts).confidence.tolist())) == 2
 
 
