@@ -182,8 +182,10 @@ def _type_problem(key: str, value: Any, hint: Any) -> str | None:
     if origin is dict and isinstance(value, dict):
         return None
     if origin is list and isinstance(value, list):
-        wrong = [item for item in value if not isinstance(item, str)]
-        return f"expected a list of text for '{key}', got the item {_shown(wrong[0])}; quote it" if wrong else None
+        (kind,) = typing.get_args(hint)
+        wrong = [item for item in value if not isinstance(item, kind) or isinstance(item, bool)]
+        remedy = "; quote it" if kind is str else ""
+        return f"expected {_lists(kind)} for '{key}', got the item {_shown(wrong[0])}{remedy}" if wrong else None
     if origin is str and isinstance(value, str):
         return None
     remedy = ""
@@ -191,8 +193,12 @@ def _type_problem(key: str, value: Any, hint: Any) -> str | None:
         remedy = f"; write '{key}: [{value}]'"
     elif origin is str and not isinstance(value, list | dict | None):
         remedy = "; quote it"
-    wanted = "a list of text" if origin is list else _WORDS[origin]
+    wanted = _lists(typing.get_args(hint)[0]) if origin is list else _WORDS[origin]
     return f"expected {wanted} for '{key}', got {_shown(value)}{remedy}"
+
+
+def _lists(kind: type) -> str:
+    return "a list of text" if kind is str else "a list of whole numbers"
 
 
 def _shown(value: Any) -> str:

@@ -56,13 +56,11 @@ def student_problems(spec: ExpertSpec) -> list[tuple[str | None, str]]:
             )
         ]
     if spec.student == "live" and spec.context is None:
-        return [
-            (
-                "student",
-                "expected 'context' beside 'student: live', got none; such a teacher agrees with every token of the student. "
-                + "Add a context, or choose ema or snapshot",
-            )
-        ]
+        message = (
+            "expected 'context' beside 'student: live', got none; such a teacher agrees with every token of the student. "
+            "Add a context, or choose ema or snapshot"
+        )
+        return [("student", message)]
     if not 0 <= spec.decay < 1:
         return [("decay", f"expected a number from 0 to below 1 for 'decay', got {spec.decay}")]
     if not spec.snapshot_steps or min(spec.snapshot_steps) < 0:

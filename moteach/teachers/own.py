@@ -42,9 +42,9 @@ class StudentTeacher:
     """Scores with the weights of the student of this run; no gradient goes through it.
 
     `live`: the weights of this moment, theta (SDPO, arXiv 2601.20802; it needs more than the prompt to know better).
-    `ema`: a_0 = theta_0, a_t = decay * a_{t-1} + (1 - decay) * theta_t after every step (a teacher of OPSD, arXiv 2601.18734, and
-    SDFT, arXiv 2601.19897). `snapshot`: theta of the last of `snapshot_steps` that is over; the earlier stage that
-    reminds a later one of what it knew (cross-stage distillation of GLM-5, arXiv 2602.15763).
+    `ema`: a_0 = theta_0, a_t = decay * a_{t-1} + (1 - decay) * theta_t after every step (a teacher of OPSD, arXiv
+    2601.18734, and SDFT, arXiv 2601.19897). `snapshot`: theta of the last of `snapshot_steps` that is over; the
+    earlier stage that reminds a later one of what it knew (cross-stage distillation of GLM-5, arXiv 2602.15763).
 
     Args:
         teacher_id: Name of the expert.

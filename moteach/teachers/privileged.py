@@ -18,7 +18,7 @@ class PrivilegedTeacher:
     """Lets another teacher score the same completion after a longer prompt: q_t = q(. | context(x), y_<t).
 
     The student is still graded on p(. | x, y_<t): it learns to say without the context what the teacher says with it (OPSD,
-    arXiv 2601.18734, where the context is the reference solution; OPCD, arXiv 2602.12275, where it is experience or instructions).
+    arXiv 2601.18734, where the context is the reference solution; OPCD, arXiv 2602.12275: experience or instructions).
     The token ids of a completion are taken over as they are and only the part before them is written anew, so the i-th
     trained token of the longer row *is* the i-th trained token of the student's row, whatever the lengths.
 
