@@ -176,7 +176,7 @@ class Measurement:
                 continue
             model = getattr(self.job.trainer.teachers.get(expert.name), "model", None)
             if model is None or expert.url is not None:
-                reason = "answers from a server" if expert.url else "is the student, or is told more than the prompt"
+                reason = "answers from a server" if expert.url else "is the student or told more"
                 self.console.print(f"not measured before training, since it {reason}: {expert.name}")
                 continue
             for domain, score in self.of(model, own, f"teacher {expert.name}").items():

@@ -59,7 +59,7 @@ def test_the_teacher_of_a_run_with_evaluation_is_not_measured_before_it(
 ) -> None:
     kept = [word for word in selves.overrides if word != "eval=none"]
     train(tmp_path / "run", *kept, "experts=[alpha,was]")
-    assert "is the student, or is told more than the prompt: was" in capsys.readouterr().out
+    assert "since it is the student or told more: was" in capsys.readouterr().out
     assert (
         main(
             [
