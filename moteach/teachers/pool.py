@@ -266,16 +266,7 @@ def build_teachers(
             )
             continue
         if spec.student is not None:
-            teachers.append(
-                StudentTeacher(
-                    teacher_id=spec.name,
-                    stage=cast(Stage, spec.student),
-                    decay=spec.decay,
-                    snapshot_steps=spec.snapshot_steps,
-                    chunk_size=chunk_size,
-                    max_tokens_per_forward=max_tokens_per_forward,
-                )
-            )
+            teachers.append(_student(spec, chunk_size, max_tokens_per_forward))
             continue
         if spec.adapter is not None and spec.base is not None:
             teachers.append(
@@ -304,6 +295,24 @@ def build_teachers(
                 store=models,
             )
         )
+    return _informed(experts, teachers, tokenizer=tokenizer, longest=longest)
+
+
+def _student(spec: ExpertSpec, chunk_size: int, max_tokens_per_forward: int) -> StudentTeacher:
+    return StudentTeacher(
+        teacher_id=spec.name,
+        stage=cast(Stage, spec.student),
+        decay=spec.decay,
+        snapshot_steps=spec.snapshot_steps,
+        chunk_size=chunk_size,
+        max_tokens_per_forward=max_tokens_per_forward,
+    )
+
+
+def _informed(
+    experts: Sequence[ExpertSpec], teachers: Sequence[Any], *, tokenizer: Any, longest: int | None
+) -> list[Any]:
+    """Lets those that have a context read it."""
     return [
         teacher
         if spec.context is None
