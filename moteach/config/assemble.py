@@ -75,8 +75,8 @@ class Job:
     tokenizer: Any
 
     def engine_for(self, model: torch.nn.Module) -> RolloutEngine:
-        """Makes another rollout engine of the same settings, bound to `model`."""
-        return build_engine(self.cfg, model, self.tokenizer)
+        """Makes another rollout engine of the same settings, in this process, bound to `model`."""
+        return build_engine(self.cfg, model, self.tokenizer, here=True)
 
 
 def assemble(cfg: DictConfig, *, trackers: Sequence[Tracker] = (), ranks: Ranks | None = None) -> Job:
@@ -223,9 +223,17 @@ def grade_prompt(prompt: Prompt, completion: str) -> float:
     return float(verifier_named(str(prompt.verifier)).score(prompt, completion))
 
 
-def build_engine(cfg: DictConfig, model: torch.nn.Module, tokenizer: Any) -> RolloutEngine:
-    """Makes the rollout engine of the config and binds it to a model."""
-    engine: RolloutEngine = build(cfg.rollout, where="rollout").bind(model, tokenizer)
+def build_engine(cfg: DictConfig, model: torch.nn.Module, tokenizer: Any, *, here: bool = False) -> RolloutEngine:
+    """Makes the rollout engine of the config and binds it to a model.
+
+    Args:
+        cfg: The config.
+        model: What is sampled from.
+        tokenizer: Its tokenizer.
+        here: Sample in this process, also where a server writes the rollouts: it holds the student alone.
+    """
+    made = build(cfg.rollout, where="rollout")
+    engine: RolloutEngine = (getattr(made, "local", made) if here else made).bind(model, tokenizer)
     return engine
 
 
