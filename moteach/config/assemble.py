@@ -47,6 +47,7 @@ from moteach.evaluation.examiner import TeacherExaminer
 from moteach.evaluation.runner import grade_rollouts
 from moteach.learner import Learner
 from moteach.objectives.answers import Answers
+from moteach.rollouts.ahead import ahead_of
 from moteach.rollouts.base import RolloutEngine
 from moteach.settings import TrainerSettings
 from moteach.sharding import shard
@@ -153,6 +154,7 @@ def assemble(cfg: DictConfig, *, trackers: Sequence[Tracker] = (), ranks: Ranks 
     connect_router(trainer)
     job = Job(cfg=cfg, run_dir=run_dir, trainer=trainer, prompts=prompts, experts=experts, tokenizer=tokenizer)
     _check(job)
+    trainer.engine = ahead_of(trainer.engine, trainer.sampler, max_steps=cfg.max_steps, ranks=ranks.size)
     return job
 
 

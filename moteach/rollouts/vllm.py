@@ -11,6 +11,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -49,6 +50,7 @@ class VLLMEngine:
         nccl_port: A free port of it.
         check_tokens: Length of the text whose logprobs are compared after every sync.
         check_tolerance: Largest difference, in nats.
+        async_steps: 1 writes the completions of the next step while the student learns, see `moteach.rollouts.ahead`; 0 not.
         seed: Seed of the run.
         max_new_tokens: Longest completion.
         temperature: Logits are divided by it; 0 is greedy.
@@ -79,6 +81,7 @@ class VLLMEngine:
         nccl_port: int = 29600,
         check_tokens: int = 64,
         check_tolerance: float = 0.25,
+        async_steps: int = 0,
         seed: int = 0,
         max_new_tokens: int = 16,
         temperature: float = 1.0,
@@ -99,6 +102,8 @@ class VLLMEngine:
         check_setting("transfer", transfer, transfer in ("folder", "nccl"), "folder or nccl")
         check_setting("check_tokens", check_tokens, check_tokens >= 1, "a whole number of at least 1")
         check_setting("check_tolerance", check_tolerance, check_tolerance > 0, "a number above 0")
+        check_setting("async_steps", async_steps, async_steps in (0, 1), "0 or 1: more is not written ahead")
+        self.async_steps = async_steps
         self.local = HFEngine(
             seed=seed,
             max_new_tokens=max_new_tokens,
@@ -136,7 +141,6 @@ class VLLMEngine:
         self._eos_ids: tuple[int, ...] = ()
         self._pad_id = 0
         self._synced = False
-        self._handshake: tuple[int | None, bool] | None = None
         self._seen: dict[str, float] = {}
 
     def bind(self, model: nn.Module, tokenizer: Any, *, version: int = 0) -> VLLMEngine:
@@ -189,15 +193,17 @@ class VLLMEngine:
         self._synced = True
 
     def check(self, prompts: Sequence[Prompt], *, max_new_tokens: int | None = None) -> None:
-        """Checks before a run what `generate` would refuse in the middle of it; asks the server.
+        """Checks before a run what `generate` would refuse in the middle of it; sends the weights once.
 
         Raises:
             DataError: A prompt is empty or too long.
-            ConfigError: No model is bound.
+            ConfigError: No model is bound, or the server cannot take weights.
+            WeightSyncError: It did not.
             UnsupportedCombinationError: The server's logprobs are not those of the sampler.
         """
         limit = self.local.max_new_tokens if max_new_tokens is None else max_new_tokens
         self._check_fit(prompts, limit)
+        self._ensure_synced()
         self._check_logprobs(self.local.temperature)
 
     def generate(
@@ -224,8 +230,7 @@ class VLLMEngine:
         check_setting("group_size", group_size, group_size >= 1, "a whole number of at least 1")
         self._check_fit(prompts, limit)
         self._check_logprobs(temperature)
-        if not self._synced and self._model is not None:
-            self.sync(self._model, version=self.version)
+        self._ensure_synced()
         version = self.version
         owners = [prompt for prompt in prompts for _ in range(group_size)]
         samples = list(range(group_size)) * len(prompts)
@@ -263,25 +268,32 @@ class VLLMEngine:
             limit=limit,
         )
 
-    def _server(self) -> tuple[int | None, bool]:
-        """The longest sequence of the server, and whether its logprobs are those of the sampler."""
-        if self._handshake is None:
-            length = self._ask({0: models_request(self.served_name)})[0]
-            # of one kept token the sampler's logprob is 0, the raw one is not
-            how = Sampling(model=self.served_name, temperature=1.0, top_p=1.0, top_k=1, eos_ids=(), limit=1)
-            said = self._ask({0: sampling_request([self._eos_ids[0]], how, seed=0)})[0]
-            self._handshake = (length, abs(said.logprobs[0]) < 1e-5)
-        return self._handshake
+    def _ensure_synced(self) -> None:
+        if not self._synced and self._model is not None:
+            self.sync(self._model, version=self.version)
+
+    @cached_property
+    def _longest(self) -> int | None:
+        return self._ask({0: models_request(self.served_name)})[0]
+
+    @cached_property
+    def _of_sampler(self) -> bool:
+        """Whether the server's logprobs are those it samples with."""
+        self._ensure_synced()  # a server that was left paused writes nothing
+        # of one kept token the sampler's logprob is 0, the raw one is not
+        how = Sampling(model=self.served_name, temperature=1.0, top_p=1.0, top_k=1, eos_ids=(), limit=1)
+        said = self._ask({0: sampling_request([self._eos_ids[0]], how, seed=0)})[0]
+        return abs(said.logprobs[0]) < 1e-5
 
     def _check_fit(self, prompts: Sequence[Prompt], limit: int) -> None:
         if self._model is None:
             raise ConfigError("expected a bound engine, got one without a model; call engine.bind(model, tokenizer)")
-        known = [size for size in (context_of(self._model), self._server()[0]) if size is not None]
+        known = [size for size in (context_of(self._model), self._longest) if size is not None]
         check_lengths(prompts, context=min(known, default=None), limit=limit)
 
     def _check_logprobs(self, temperature: float) -> None:
         plain = temperature == 0.0 or (temperature == 1.0 and self.local.top_p == 1.0 and self.local.top_k == 0)
-        if not plain and not self._server()[1]:
+        if not plain and not self._of_sampler:
             raise UnsupportedCombinationError(
                 f"expected a rollout server whose logprobs are those it samples with, for temperature={temperature:g}, "
                 f"top_p={self.local.top_p:g}, top_k={self.local.top_k}, got raw ones; importance ratios would be of another "
