@@ -65,12 +65,13 @@ class WeightSync:
                 f"{error}. The student's weights cannot be sent: start the server with VLLM_SERVER_DEV_MODE=1 in its "
                 "environment"
             ) from error
+        # a server that is started anew in between forgets the first stamp, and would get the second with its old weights
+        self._stamped(f"{self._run}-before-{version}")
         self._transfer.send(student, version=version)
         self._post("/reset_prefix_cache")
-        stamp = f"{self._run}-{version}"
-        self._post("/update_weight_version", {"new_version": stamp})
+        self.check()
+        self._stamped(f"{self._run}-{version}")
         self._post("/resume")
-        self._stamp = stamp
 
     def check(self) -> None:
         """Finds a server that lost the weights, because it was started anew or belongs to another run too.
@@ -81,10 +82,14 @@ class WeightSync:
         said = self._client.ask({0: version_request()})[0]
         if said != self._stamp:
             raise WeightSyncError(
-                f"expected the rollout server to hold the weights '{self._stamp}', got '{said}': it was started anew, or "
+                f"expected the rollout server to hold weights stamped '{self._stamp}', got '{said}': it was started anew, or "
                 "another run sends weights to it; completions would be those of another student and marked as this one's. "
                 "Start the run again, it resumes from its checkpoint and sends the weights anew"
             )
+
+    def _stamped(self, stamp: str) -> None:
+        self._post("/update_weight_version", {"new_version": stamp})
+        self._stamp = stamp
 
     def _post(self, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
         return self._client.ask({0: control_request(path, {} if body is None else body)})[0]

@@ -165,6 +165,20 @@ def test_a_server_that_was_started_anew_is_noticed(server: FakeRollouts, student
         served.generate(PROMPTS, step=1)
 
 
+def test_a_server_that_is_started_anew_during_a_sync_is_noticed(server: FakeRollouts, student: Any) -> None:
+    served = engine(server, student)
+    load = server.load
+
+    def restarted(folder: Any) -> Any:
+        answer = load(folder)
+        server.model, server.weight_version = tiny_model(seed=3, scale=2.0), "default"
+        return answer
+
+    server.load = restarted  # type: ignore[method-assign]
+    with pytest.raises(WeightSyncError, match="-before-0', got 'default'"):
+        served.sync(student, version=0)
+
+
 def test_a_server_without_the_routes_is_refused_with_the_remedy(server: FakeRollouts, student: Any) -> None:
     server.dev_mode = False
     with pytest.raises(ConfigError, match="VLLM_SERVER_DEV_MODE=1"):
