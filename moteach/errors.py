@@ -53,6 +53,14 @@ class TeacherUnavailableError(MoteachError, ConnectionError):
     """A teacher that could not answer: its server is down, too slow, or sends what cannot be read."""
 
 
+class RolloutServerError(MoteachError, ConnectionError):
+    """A rollout server that could not answer, or that answers as it must not."""
+
+
+class WeightSyncError(MoteachError, RuntimeError):
+    """A rollout server that does not sample from the student's weights after they were sent to it."""
+
+
 class RoutingError(MoteachError, ValueError):
     """A prompt that the router may not give to any teacher."""
 

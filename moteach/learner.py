@@ -26,7 +26,7 @@ from moteach.objectives.by_teacher import OwnGradients, joined, shares
 from moteach.objectives.gating import WEIGHT, Gating, columns_of
 from moteach.objectives.mix import supervised_loss
 from moteach.objectives.teaching import teaching_of
-from moteach.objectives.token_weights import TokenWeighting, apply_token_weights
+from moteach.objectives.token_weights import TokenWeighting, apply_token_weights, told_by
 from moteach.sharding import anchor, blank_batch, nothing
 from moteach.types import Head, LossOutput, RolloutBatch, Support
 
@@ -299,6 +299,7 @@ class Learner:
         metrics = {}
         if self.token_weights:
             metrics = {"token_weights/kept": weighted.kept_fraction, "token_weights/scale": weighted.scale}
+            metrics |= told_by(self.token_weights, rollouts, stats)
         credit = cast(Any, self.objective).credit(rollouts, stats)[mine] if self.credits else None
         own = {name: values[mine] for name, values in stats.items()}
         return replace(scored, token_weights=final[mine], credit=credit, stats=own or None), metrics

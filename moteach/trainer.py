@@ -22,7 +22,7 @@ from moteach.objectives.base import Scored, token_weights
 from moteach.objectives.conditioning import Conditioning
 from moteach.objectives.gating import gate_metrics, trace_of
 from moteach.objectives.lessons import GateLessons
-from moteach.objectives.metrics import rollout_metrics, teacher_metrics, token_metrics
+from moteach.objectives.metrics import rollout_metrics, staleness_metrics, teacher_metrics, token_metrics
 from moteach.objectives.mix import Mix, outcome_advantages
 from moteach.rollouts.base import RolloutEngine
 from moteach.routing.base import ObservingRouter, Router, RoutingFeedback
@@ -284,10 +284,12 @@ class Trainer:
                 "loss": float(output.loss),
                 **of_tokens,
                 **rollout_metrics(seen.rollouts, seen.rewards),
+                **staleness_metrics(seen.rollouts, step - 1),
                 **routing_metrics(seen.routing),
                 **gate_metrics(seen.rollouts, seen.routing, seen.stats),
                 **teacher_metrics(seen.evidence),
                 **self.teachers.lap(),
+                **getattr(self.engine, "lap", dict)(),
                 **self.teacher_gate.metrics(),
                 **self.failover.metrics(self.teachers.teacher_ids),
                 **self.sampler.metrics(),

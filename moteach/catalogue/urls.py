@@ -37,7 +37,9 @@ def url_problem(url: str) -> str | None:
     return None
 
 
-def check_host(url: str, allowed_hosts: Sequence[str], *, name: str) -> None:
+def check_host(
+    url: str, allowed_hosts: Sequence[str], *, name: str, role: str = "expert", keys: str = "teachers"
+) -> None:
     """Checks that the host of an address is one of those a run may talk to, compared as text and without its port.
 
     Link-local addresses and the names of cloud metadata services are refused even when they are allowed.
@@ -46,17 +48,17 @@ def check_host(url: str, allowed_hosts: Sequence[str], *, name: str) -> None:
         ConfigError: The address is malformed or its host is not allowed.
     """
     if problem := url_problem(url):
-        raise ConfigError(f"expert '{name}': {problem}")
+        raise ConfigError(f"{role} '{name}': {problem}")
     host = _host(urlsplit(url))
     if _forbidden(host):
         raise ConfigError(
-            f"expert '{name}': expected the host of an inference server, got '{host}', where machines of a cloud keep their "
+            f"{role} '{name}': expected the host of an inference server, got '{host}', where machines of a cloud keep their "
             "credentials; it is never asked"
         )
     if host not in {allowed.lower().strip("[]") for allowed in allowed_hosts}:
         raise ConfigError(
-            f"expert '{name}': expected a host among {', '.join(allowed_hosts) or 'none'}, got '{host}'; prompts and "
-            f"completions would be sent there. If that is meant: teachers.allowed_hosts=[{','.join([*allowed_hosts, host])}]"
+            f"{role} '{name}': expected a host among {', '.join(allowed_hosts) or 'none'}, got '{host}'; prompts and "
+            f"completions would be sent there. If that is meant: {keys}.allowed_hosts=[{','.join([*allowed_hosts, host])}]"
         )
 
 

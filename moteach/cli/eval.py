@@ -58,7 +58,7 @@ def task(cfg: DictConfig, *, command: str = "moteach eval") -> float:
     prompts = build(cfg.data, where="data").load(tokenizer)
     domains = [*prompts.domains, *cfg.eval.extra_domains]
     scores = evaluate(
-        build_engine(cfg, model, tokenizer),
+        build_engine(cfg, model, tokenizer, here=True),
         chosen_prompts(prompts.evaluation, domains, limit=cfg.eval.prompts_per_domain),
         grade=grade_prompt,
         decode=decoder(tokenizer),

@@ -48,6 +48,7 @@ from moteach.evaluation.examiner import TeacherExaminer
 from moteach.evaluation.runner import grade_rollouts
 from moteach.learner import Learner
 from moteach.objectives.answers import Answers
+from moteach.rollouts.ahead import ahead_of
 from moteach.rollouts.base import RolloutEngine
 from moteach.settings import TrainerSettings
 from moteach.sharding import shard
@@ -77,8 +78,8 @@ class Job:
     tokenizer: Any
 
     def engine_for(self, model: torch.nn.Module) -> RolloutEngine:
-        """Makes another rollout engine of the same settings, bound to `model`."""
-        return build_engine(self.cfg, model, self.tokenizer)
+        """Makes another rollout engine of the same settings, in this process, bound to `model`."""
+        return build_engine(self.cfg, model, self.tokenizer, here=True)
 
 
 def assemble(cfg: DictConfig, *, trackers: Sequence[Tracker] = (), ranks: Ranks | None = None) -> Job:
@@ -158,6 +159,7 @@ def assemble(cfg: DictConfig, *, trackers: Sequence[Tracker] = (), ranks: Ranks 
     connect_router(trainer)
     job = Job(cfg=cfg, run_dir=run_dir, trainer=trainer, prompts=prompts, experts=experts, tokenizer=tokenizer)
     _check(job)
+    trainer.engine = ahead_of(trainer.engine, trainer.sampler, max_steps=cfg.max_steps, ranks=ranks.size)
     return job
 
 
@@ -229,9 +231,17 @@ def grade_prompt(prompt: Prompt, completion: str) -> float:
     return float(verifier_named(str(prompt.verifier)).score(prompt, completion))
 
 
-def build_engine(cfg: DictConfig, model: torch.nn.Module, tokenizer: Any) -> RolloutEngine:
-    """Makes the rollout engine of the config and binds it to a model."""
-    engine: RolloutEngine = build(cfg.rollout, where="rollout").bind(model, tokenizer)
+def build_engine(cfg: DictConfig, model: torch.nn.Module, tokenizer: Any, *, here: bool = False) -> RolloutEngine:
+    """Makes the rollout engine of the config and binds it to a model.
+
+    Args:
+        cfg: The config.
+        model: What is sampled from.
+        tokenizer: Its tokenizer.
+        here: Sample in this process, also where a server writes the rollouts: it holds the student alone.
+    """
+    made = build(cfg.rollout, where="rollout")
+    engine: RolloutEngine = (getattr(made, "local", made) if here else made).bind(model, tokenizer)
     return engine
 
 

@@ -12,7 +12,6 @@ from moteach.data.sampling import Sampler
 from moteach.errors import ConfigError, UnsupportedCombinationError
 from moteach.objectives.mix import Mix
 from moteach.rollouts.base import RolloutEngine
-from moteach.rollouts.hf import HFEngine
 from moteach.routing.base import ObservingRouter
 from moteach.routing.exemplars import check_leak
 from moteach.routing.label import LabelRouter
@@ -148,14 +147,16 @@ def check_exemplars(router: Any, held_out: Sequence[Prompt]) -> None:
 def check_lengths(
     engine: RolloutEngine, drawn: Sequence[Prompt], held_out: Sequence[Prompt], *, held_out_limit: int | None
 ) -> None:
-    """Looks for prompts that do not fit into the student's context, for an engine that knows it.
+    """Looks for prompts that do not fit into the student's context, for an engine that knows it; a server is asked.
 
     Raises:
         DataError: A prompt is empty or too long.
+        MoteachError: A server does not answer, or cannot be used.
     """
-    if isinstance(engine, HFEngine):
-        engine.check(drawn)
-        engine.check(held_out, max_new_tokens=held_out_limit)
+    check = getattr(engine, "check", None)
+    if check is not None:
+        check(drawn)
+        check(held_out, max_new_tokens=held_out_limit)
 
 
 def check_mix(mix: Mix, drawn: Sequence[Prompt]) -> None:

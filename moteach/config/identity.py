@@ -22,6 +22,8 @@ def identity_of(cfg: DictConfig, experts: Sequence[ExpertSpec], prompts: PromptS
     assert isinstance(plain, dict)
     kept = {str(key): value for key, value in plain.items() if key not in IGNORED_ON_RESUME}
     identity = dict(_flat(redact(kept)))
+    for place in ("rollout.url", "rollout.folder", "rollout.nccl_address", "rollout.nccl_port"):
+        identity.pop(place, None)
     for expert in experts:
         # a server may move; what it serves may not change
         identity.pop(f"experts.{expert.name}.url", None)

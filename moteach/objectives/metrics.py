@@ -26,6 +26,17 @@ REPEATED_TOKENS = 4
 """Length of the runs of tokens that `completions/repetition` looks for."""
 
 
+def staleness_metrics(rollouts: RolloutBatch, step: int) -> dict[str, float]:
+    """How many optimizer steps behind the student the versions were that wrote the rollouts: mean and largest.
+
+    Args:
+        rollouts: The batch.
+        step: Optimizer steps the student had taken when it learned from them.
+    """
+    behind = [step - rollout.student_version for rollout in rollouts.rollouts]
+    return {"rollouts/staleness": sum(behind) / len(behind), "rollouts/staleness_max": float(max(behind))}
+
+
 def rollout_metrics(rollouts: RolloutBatch, rewards: Sequence[float]) -> dict[str, float]:
     """Lengths, truncation, repetition and verified reward of what the student wrote.
 

@@ -106,6 +106,14 @@ def apply_token_weights(
     )
 
 
+def told_by(
+    weightings: Sequence[TokenWeighting], rollouts: RolloutBatch, stats: Mapping[str, Float[Tensor, " packed"]]
+) -> dict[str, float]:
+    """Collects what weightings say about a batch; a weighting that has something to say has a method `metrics`."""
+    tellers = [weighting for weighting in weightings if hasattr(weighting, "metrics")]
+    return {name: value for one in tellers for name, value in one.metrics(rollouts, stats).items()}
+
+
 def taught_tokens(stats: Mapping[str, Float[Tensor, " packed"]]) -> Bool[Tensor, " packed"]:
     """True for the tokens that have a teacher.
 

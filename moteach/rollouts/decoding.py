@@ -145,7 +145,7 @@ def decode(
 
     tokens = torch.full((rows, limit), settings.pad_id, device=device)
     logprobs = torch.zeros((rows, limit), device=device)
-    eos = torch.tensor(settings.eos_ids, device=device)
+    eos = torch.tensor(settings.eos_ids, dtype=torch.long, device=device)
     live = torch.arange(rows, device=device)
     done = torch.zeros(rows, dtype=torch.bool, device=device)
     for position in range(limit):

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from moteach.errors import ConfigError, DataError
+from moteach.errors import ConfigError
+from moteach.rollouts.checks import check_lengths, check_setting, context_of, eos_ids_of
 from moteach.rollouts.decoding import Decoded, SamplerSettings, decode, generation_mode
 from moteach.rollouts.sampling import keyed_uniforms
 from moteach.types import Prompt, Rollout, RolloutBatch
@@ -44,12 +45,12 @@ class HFEngine:
         batch_size: int = 256,
         compact_at: float = 0.25,
     ) -> None:
-        _check("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "a whole number of at least 1")
-        _check("temperature", temperature, temperature >= 0, "a number of at least 0 (0 is greedy)")
-        _check("top_p", top_p, 0 < top_p <= 1, "a number in (0, 1] (1 keeps every token)")
-        _check("top_k", top_k, top_k >= 0, "a whole number of at least 0 (0 keeps every token)")
-        _check("batch_size", batch_size, batch_size >= 1, "a whole number of at least 1")
-        _check("compact_at", compact_at, 0 < compact_at <= 1, "a number in (0, 1]")
+        check_setting("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "a whole number of at least 1")
+        check_setting("temperature", temperature, temperature >= 0, "a number of at least 0 (0 is greedy)")
+        check_setting("top_p", top_p, 0 < top_p <= 1, "a number in (0, 1] (1 keeps every token)")
+        check_setting("top_k", top_k, top_k >= 0, "a whole number of at least 0 (0 keeps every token)")
+        check_setting("batch_size", batch_size, batch_size >= 1, "a whole number of at least 1")
+        check_setting("compact_at", compact_at, 0 < compact_at <= 1, "a number in (0, 1]")
         self.seed = seed
         self.max_new_tokens = max_new_tokens
         self.temperature = temperature
@@ -76,7 +77,7 @@ class HFEngine:
         Raises:
             ConfigError: Neither names an end-of-sequence token, so no completion could ever end by itself.
         """
-        self._eos_ids = _eos_ids(model, tokenizer)
+        self._eos_ids = eos_ids_of(model, tokenizer)
         pad_id = getattr(tokenizer, "pad_token_id", None)
         self._pad_id = self._eos_ids[0] if pad_id is None else int(pad_id)
         self.sync(model, version=version)
@@ -97,7 +98,7 @@ class HFEngine:
         if self._model is None:
             raise ConfigError("expected a bound engine, got one without a model; call engine.bind(model, tokenizer)")
         limit = self.max_new_tokens if max_new_tokens is None else max_new_tokens
-        _check_lengths(prompts, context=_context(self._model), limit=limit)
+        check_lengths(prompts, context=context_of(self._model), limit=limit)
 
     def generate(
         self,
@@ -118,10 +119,10 @@ class HFEngine:
             raise ConfigError("expected a bound engine, got one without a model; call engine.bind(model, tokenizer)")
         temperature = self.temperature if temperature is None else temperature
         limit = self.max_new_tokens if max_new_tokens is None else max_new_tokens
-        _check("temperature", temperature, temperature >= 0, "a number of at least 0 (0 is greedy)")
-        _check("max_new_tokens", limit, limit >= 1, "a whole number of at least 1")
-        _check("group_size", group_size, group_size >= 1, "a whole number of at least 1")
-        _check_lengths(prompts, context=_context(self._model), limit=limit)
+        check_setting("temperature", temperature, temperature >= 0, "a number of at least 0 (0 is greedy)")
+        check_setting("max_new_tokens", limit, limit >= 1, "a whole number of at least 1")
+        check_setting("group_size", group_size, group_size >= 1, "a whole number of at least 1")
+        check_lengths(prompts, context=context_of(self._model), limit=limit)
         settings = SamplerSettings(
             temperature=temperature,
             top_p=self.top_p,
@@ -186,46 +187,3 @@ class HFEngine:
             )
             for prompt, sample, tokens, logprobs, length, finished in columns
         ]
-
-
-def _check(name: str, value: object, valid: bool, expected: str) -> None:
-    if not valid:
-        raise ConfigError(f"rollout: expected {name} to be {expected}, got {value!r}")
-
-
-def _eos_ids(model: nn.Module, tokenizer: Any) -> tuple[int, ...]:
-    own = getattr(tokenizer, "eos_token_id", None)
-    given = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    others = [] if given is None else [given] if isinstance(given, int) else list(given)
-    belong = own is None or own in others
-    ids = [] if own is None else [own]
-    ids += [other for other in others if belong and other != own]
-    if not ids:
-        raise ConfigError(
-            "expected an end-of-sequence token in the tokenizer or in the model's generation_config, got none; every "
-            "completion would run to max_new_tokens. Set tokenizer.eos_token"
-        )
-    return tuple(int(i) for i in ids)
-
-
-def _context(model: nn.Module) -> int | None:
-    config: Any = model.config
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    longest = getattr(config, "max_position_embeddings", None)
-    return None if longest is None else int(longest)
-
-
-def _check_lengths(prompts: Sequence[Prompt], *, context: int | None, limit: int) -> None:
-    for prompt in prompts:
-        length = len(prompt.token_ids)
-        if length == 0:
-            raise DataError(
-                f"prompt '{prompt.prompt_id}' has no tokens; there is nothing to predict the first token from. "
-                "Start it with the tokenizer's beginning-of-sequence token or drop it"
-            )
-        if context is not None and length + limit > context:
-            raise DataError(
-                f"prompt '{prompt.prompt_id}' has {length} tokens, expected at most {context - limit} (context of the "
-                f"student {context} minus max_new_tokens {limit}); past it positions are untrained and the completion "
-                "is noise. Drop or shorten the prompt, or lower rollout.max_new_tokens"
-            )

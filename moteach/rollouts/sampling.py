@@ -44,6 +44,16 @@ def prompt_key(prompt_id: str) -> int:
     return int.from_bytes(hashlib.blake2b(prompt_id.encode(), digest_size=8).digest(), "little")
 
 
+def _row_states(
+    seed: int, step: int, prompt_ids: Sequence[str], samples: Sequence[int]
+) -> UInt64[np.ndarray, " batch"]:
+    state = np.zeros(1, dtype=np.uint64)
+    for word in (seed, step):
+        state = _absorb(state, np.array([word & _LOW64], dtype=np.uint64))
+    state = _absorb(state, np.array([prompt_key(prompt_id) for prompt_id in prompt_ids], dtype=np.uint64))
+    return _absorb(state, np.array(samples, dtype=np.int64).astype(np.uint64))
+
+
 def keyed_uniforms(
     *, seed: int, step: int, prompt_ids: Sequence[str], samples: Sequence[int], length: int
 ) -> Float64[Tensor, "batch token"]:
@@ -59,13 +69,24 @@ def keyed_uniforms(
     Returns:
         Numbers in the open interval (0, 1), multiples of 2^-53.
     """
-    state = np.zeros(1, dtype=np.uint64)
-    for word in (seed, step):
-        state = _absorb(state, np.array([word & _LOW64], dtype=np.uint64))
-    state = _absorb(state, np.array([prompt_key(prompt_id) for prompt_id in prompt_ids], dtype=np.uint64))
-    state = _absorb(state, np.array(samples, dtype=np.int64).astype(np.uint64))
+    state = _row_states(seed, step, prompt_ids, samples)
     words = _absorb(state[:, None], np.arange(length, dtype=np.uint64)[None, :])
     return torch.from_numpy(((words >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52)
+
+
+def keyed_seeds(*, seed: int, step: int, prompt_ids: Sequence[str], samples: Sequence[int]) -> list[int]:
+    """Draws a seed for each row, for a server that has a generator of its own for each request.
+
+    Args:
+        seed: Seed of the run.
+        step: Step of the run.
+        prompt_ids: Prompt of each row.
+        samples: Index of each row among the completions of its prompt.
+
+    Returns:
+        63-bit numbers from the same hash as `keyed_uniforms`; they depend on nothing but the row's own key.
+    """
+    return [int(word) >> 1 for word in _row_states(seed, step, prompt_ids, samples)]
 
 
 def truncate(logits: Float[Tensor, "batch vocab"], *, top_k: int, top_p: float) -> Float[Tensor, "batch vocab"]:

@@ -26,7 +26,8 @@ try:
     import tenacity
 except ImportError as missing:
     raise MissingDependencyError(
-        f"expected the packages httpx and tenacity for an expert with 'url:', got none ({missing}); pip install 'moteach[vllm]'"
+        f"expected the packages httpx and tenacity for an expert with 'url:' or rollout=vllm, got none ({missing}); "
+        "pip install 'moteach[vllm]'"
     ) from missing
 
 API_KEY = "MOTEACH_TEACHER_API_KEY"
@@ -104,7 +105,7 @@ class HttpClient:
     """Asks one server.
 
     Args:
-        name: Name of the expert, for messages.
+        name: Name of the expert, for messages, where `role` says what it is and `keys` where its settings are.
         url: Address without a trailing slash; the caller has checked its host.
         concurrency: Requests in flight at most; also the number of pooled connections.
         timeout: Seconds of one attempt, from connecting to the last byte.
@@ -128,12 +129,14 @@ class HttpClient:
     wait: float = 0.0
     breaker: CircuitBreaker = field(default_factory=CircuitBreaker)
     clock: Callable[[], float] = time.monotonic
+    role: str = "teacher"
+    keys: str = "teachers.http"
 
     def __post_init__(self) -> None:
         sizes = (self.concurrency, self.attempts, self.max_response_bytes)
         if min(sizes) < 1 or not (self.timeout > 0 and self.deadline > 0 and self.backoff >= 0 and self.wait >= 0):
             raise ConfigError(
-                "teachers.http: expected concurrency, attempts and max_response_bytes of at least 1, timeout and deadline "
+                f"{self.keys}: expected concurrency, attempts and max_response_bytes of at least 1, timeout and deadline "
                 f"above 0, backoff and wait of at least 0, got {sizes}, {self.timeout}, {self.deadline}, {self.backoff} and "
                 f"{self.wait}"
             )
@@ -278,8 +281,8 @@ class HttpClient:
             body += piece
             if len(body) > self.max_response_bytes:
                 raise RefusedError(
-                    f"expected an answer of at most {self.max_response_bytes} bytes from the teacher '{self.name}', got more; "
-                    "ask for less (support.k), or raise teachers.http.max_response_bytes"
+                    f"expected an answer of at most {self.max_response_bytes} bytes from the {self.role} '{self.name}', got "
+                    f"more; ask for less (support.k), or raise {self.keys}.max_response_bytes"
                 )
         self.counts.bytes += len(body)
         return bytes(body)
@@ -296,14 +299,14 @@ class HttpClient:
         elif status in (401, 403):
             said += f"; set {API_KEY} in the environment"
         raise RefusedError(
-            f"expected an answer from the teacher '{self.name}' at {self.url}{response.request.url.path}, got status {status}: "
-            f"{said}"
+            f"expected an answer from the {self.role} '{self.name}' at {self.url}{response.request.url.path}, got status "
+            f"{status}: {said}"
         )
 
     def _unavailable(self, got: str) -> TeacherUnavailableError:
         return TeacherUnavailableError(
-            f"expected scores from the teacher '{self.name}' at {self.url}, got {got}; no row was graded in its place. Start "
-            "or repair the server, or let the run wait for it (teachers.http.wait=3600)"
+            f"expected an answer from the {self.role} '{self.name}' at {self.url}, got {got}; no row was graded in its "
+            f"place. Start or repair the server, or let the run wait for it ({self.keys}.wait=3600)"
         )
 
 
