@@ -74,9 +74,9 @@ class Job:
     experts: tuple[ExpertSpec, ...]
     tokenizer: Any
 
-    def engine_for(self, model: torch.nn.Module) -> RolloutEngine:
-        """Makes another rollout engine of the same settings, bound to `model`."""
-        return build_engine(self.cfg, model, self.tokenizer)
+    def engine_for(self, model: torch.nn.Module, tokenizer: Any = None) -> RolloutEngine:
+        """Makes another rollout engine of the same settings, bound to `model`; with a tokenizer where that is another."""
+        return build_engine(self.cfg, model, self.tokenizer if tokenizer is None else tokenizer)
 
 
 def assemble(cfg: DictConfig, *, trackers: Sequence[Tracker] = (), ranks: Ranks | None = None) -> Job:
@@ -107,6 +107,7 @@ def assemble(cfg: DictConfig, *, trackers: Sequence[Tracker] = (), ranks: Ranks 
     )
     _set_threads(cfg.threads, student)
     shard(student, ranks, compute_dtype=cfg.student.compute_dtype)
+    wraps = build(cfg.alignment, where="alignment").wraps(experts, tokenizer)
     trainer = Trainer(
         settings=_settings(cfg),
         learner=Learner(
@@ -124,6 +125,7 @@ def assemble(cfg: DictConfig, *, trackers: Sequence[Tracker] = (), ranks: Ranks 
             memory=memory_of(cfg.teachers),
             hidden_dtype=hidden_dtype_of(cfg.teachers),
             served=_served(cfg),
+            wraps=wraps,
         ),
         router=_router(cfg, experts),
         sampler=_sampler(cfg, prompts, experts),

@@ -18,6 +18,7 @@ from moteach.routing.exemplars import check_leak
 from moteach.routing.label import LabelRouter
 from moteach.routing.learner import Learner
 from moteach.students import Student
+from moteach.teachers.aligned import AlignedTeacher
 from moteach.teachers.hf import HFTeacher
 from moteach.teachers.lora import LoRATeacher
 from moteach.teachers.pool import TeacherPool
@@ -50,6 +51,9 @@ def check_teachers(
     """
     for expert in experts:
         teacher: Any = teachers.get(expert.name)
+        if isinstance(teacher, AlignedTeacher):
+            teacher.check(support=support, k=k)
+            continue
         if expert.url is not None:
             teacher.check(student.tokenizer, support=support, k=k)
             continue

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -64,6 +64,7 @@ class TeacherPool:
         memory: int | None = None,
         hidden_dtype: torch.dtype | None = None,
         served: Mapping[str, Any] | None = None,
+        wraps: Mapping[str, Callable[[Any], Any]] | None = None,
     ) -> TeacherPool:
         """Builds the pool of a run's experts with the checkpoints they were trained from, see `build_teachers`."""
         store = store_of(max_resident=max_resident, memory=memory, device=device)
@@ -76,17 +77,31 @@ class TeacherPool:
                 store=store,
                 device=device,
                 served=served,
+                wraps=wraps,
             ),
             references=References.from_experts(
-                specs, store=store, max_tokens_per_forward=max_tokens_per_forward, vocab_size=vocab_size
+                specs,
+                store=store,
+                max_tokens_per_forward=max_tokens_per_forward,
+                vocab_size=vocab_size,
+                wraps=wraps,
             ),
             hidden_dtype=hidden_dtype,
         )
 
     def lap(self) -> dict[str, float]:
-        """Returns `teacher_http/<teacher>/<count>` since the last lap, of the teachers behind servers; empty without any."""
-        counts = {name: teacher.lap() for name, teacher in self._teachers.items() if hasattr(teacher, "lap")}
-        return {f"teacher_http/{name}/{key}": value for name, found in counts.items() for key, value in found.items()}
+        """Counts since the last lap, empty where there is nothing to count.
+
+        Returns:
+            `teacher_http/<teacher>/<count>` of the teachers behind servers, and `alignment/<teacher>/<count>` of those with
+            tokens of their own.
+        """
+        found: dict[str, float] = {}
+        for what, method in (("teacher_http", "lap"), ("alignment", "alignment_lap")):
+            for name, teacher in self._teachers.items():
+                counts: dict[str, float] = getattr(teacher, method, dict)()
+                found |= {f"{what}/{name}/{key}": value for key, value in counts.items()}
+        return found
 
     @property
     def teacher_ids(self) -> tuple[str, ...]:
@@ -217,6 +232,7 @@ def build_teachers(
     device: str = "cpu",
     memory: int | None = None,
     served: Mapping[str, Any] | None = None,
+    wraps: Mapping[str, Callable[[Any], Any]] | None = None,
 ) -> list[Any]:
     """Builds teachers for experts: weights load on first use, equal checkpoints load once, servers are asked on first use.
 
@@ -230,14 +246,18 @@ def build_teachers(
         device: A torch device, or `auto`.
         memory: Most bytes of whole models at once, see `MappedStore`; None keeps them loaded.
         served: Further arguments of `VLLMTeacher`, for experts with a `url`.
+        wraps: What is put around the teachers of these names, which keep a vocabulary of their own.
 
     Raises:
         ConfigError: A size is not positive, or a server's host is not allowed.
     """
     models = store_of(max_resident=max_resident, memory=memory, device=device) if store is None else store
     adapters = AdapterStore(device=device)
+    wraps = wraps or {}
+    student_size = vocab_size
     teachers: list[Any] = []
     for spec in experts:
+        vocab_size = None if spec.name in wraps else student_size
         if spec.url is not None:
             from moteach.teachers.vllm import VLLMTeacher
 
@@ -282,4 +302,4 @@ def build_teachers(
                 store=models,
             )
         )
-    return teachers
+    return [wraps[one.teacher_id](one) if one.teacher_id in wraps else one for one in teachers]
