@@ -200,6 +200,8 @@ class TeacherEvidence:
     topk_logprobs: Float[Tensor, "scored k"] | None = None
     sampled_logprobs: Float[Tensor, " scored"] | None = None
     """Logprob of the token the student wrote (support `sampled`, and given with `topk`)."""
+    partial: bool = False
+    """True of a teacher that may say nothing about some tokens of its rows; nobody is taught by it there."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -217,6 +219,8 @@ class Evidence:
     def select(self, kept: Bool[Tensor, " packed"]) -> Evidence:
         """Returns the evidence about the kept tokens, re-numbered; teachers left without a token are dropped.
 
+        One that may leave tokens out stays, so that a row of which it said nothing is not taken for one it was not asked about.
+
         Args:
             kept: True for the packed tokens that stay, as `torch.isin(batch.token_rows, rows)` gives for a micro-batch.
         """
@@ -224,7 +228,7 @@ class Evidence:
         entries = []
         for entry in self.teachers:
             mine = kept[entry.tokens]
-            if not bool(mine.any()):
+            if not bool(mine.any()) and not entry.partial:
                 continue
             entries.append(
                 replace(

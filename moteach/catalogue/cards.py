@@ -24,7 +24,7 @@ from moteach.errors import ConfigError, ExpertCardError, nearest
 _MAX_BYTES = 256 * 1024
 _MAX_DEPTH = 16
 _WORDS = {str: "text", float: "a number", int: "a number", bool: "true or false", list: "a list", dict: "a mapping"}
-_WEIGHT_KEYS = ("model", "adapter", "base", "reference")
+_WEIGHT_KEYS = ("model", "adapter", "base", "reference", "tokenizer")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -61,6 +61,8 @@ class ExpertSpec:
 
     Empty rather than None when absent: Hydra 1.3 cannot put a mapping in the place of a None.
     """
+    tokenizer: str | None = None
+    """Folder or hub id of its tokenizer; None: beside `model` or `base`. Read with `alignment=bytes` alone."""
     revision: str | None = None
     """Commit of the hub repository; a branch or tag can move under a running experiment."""
     domains: list[str] = field(default_factory=list)

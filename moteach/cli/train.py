@@ -132,17 +132,19 @@ class Measurement:
 
         return chosen_prompts(self.job.prompts.evaluation, domains, limit=self.job.cfg.eval.prompts_per_domain)
 
-    def of(self, model: Any, domains: Sequence[str], label: str) -> dict[str, Any]:
-        """Scores one model on the held-out prompts of some domains."""
+    def of(self, model: Any, domains: Sequence[str], label: str, *, aligned: Any = None) -> dict[str, Any]:
+        """Scores one model on the held-out prompts of some domains; an aligned teacher reads and writes its own tokens."""
         from moteach.config.assemble import decoder, grade_prompt
         from moteach.evaluation.runner import evaluate
 
+        tokenizer = self.job.tokenizer if aligned is None else aligned.tokenizer
+        prompts = self.prompts_of(domains)
         with self.console.status(f"evaluating {label}"):
             return evaluate(
-                self.job.engine_for(model),
-                self.prompts_of(domains),
+                self.job.engine_for(model, tokenizer),
+                prompts if aligned is None else [aligned.prompt(prompt) for prompt in prompts],
                 grade=grade_prompt,
-                decode=decoder(self.job.tokenizer),
+                decode=decoder(tokenizer),
                 max_new_tokens=self.job.cfg.eval.max_new_tokens,
                 ranks=self.job.trainer.ranks,
             )
@@ -158,6 +160,7 @@ class Measurement:
     def baseline(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Scores the student before training and each teacher on the domains it claims; the best teacher counts."""
         from moteach.evaluation.runner import DomainScore
+        from moteach.teachers.aligned import AlignedTeacher
 
         if not self.job.cfg.eval.enabled:
             return {}, {}
@@ -174,12 +177,14 @@ class Measurement:
             own = [domain for domain in self.domains if domain in expert.domains and expert.weight > 0]
             if not own:
                 continue
-            model = getattr(self.job.trainer.teachers.get(expert.name), "model", None)
+            asked = self.job.trainer.teachers.get(expert.name)
+            model = getattr(asked, "model", None)
             if model is None or expert.url is not None:
                 reason = "answers from a server" if expert.url else "is the student or told more"
                 self.console.print(f"not measured before training, since it {reason}: {expert.name}")
                 continue
-            for domain, score in self.of(model, own, f"teacher {expert.name}").items():
+            aligned = asked if isinstance(asked, AlignedTeacher) else None
+            for domain, score in self.of(model, own, f"teacher {expert.name}", aligned=aligned).items():
                 if domain not in teacher or score.accuracy > teacher[domain].accuracy:
                     teacher[domain] = score
         scores = {"before": before, "teacher": teacher}

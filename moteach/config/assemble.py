@@ -57,6 +57,7 @@ from moteach.teachers.failover import Failover
 from moteach.teachers.following import bind_student
 from moteach.teachers.hf import HFTeacher
 from moteach.teachers.pool import TeacherPool
+from moteach.teachers.privileged import contexts
 from moteach.tracking.base import Tracker
 from moteach.tracking.traces import Traces
 from moteach.trainer import Trainer
@@ -77,9 +78,9 @@ class Job:
     experts: tuple[ExpertSpec, ...]
     tokenizer: Any
 
-    def engine_for(self, model: torch.nn.Module) -> RolloutEngine:
-        """Makes another rollout engine of the same settings, in this process, bound to `model`."""
-        return build_engine(self.cfg, model, self.tokenizer, here=True)
+    def engine_for(self, model: torch.nn.Module, tokenizer: Any = None) -> RolloutEngine:
+        """Makes another engine of the same settings in this process, bound to `model`; `tokenizer` where it is another."""
+        return build_engine(self.cfg, model, self.tokenizer if tokenizer is None else tokenizer, here=True)
 
 
 def assemble(cfg: DictConfig, *, trackers: Sequence[Tracker] = (), ranks: Ranks | None = None) -> Job:
@@ -110,6 +111,7 @@ def assemble(cfg: DictConfig, *, trackers: Sequence[Tracker] = (), ranks: Ranks 
     )
     _set_threads(cfg.threads, student)
     shard(student, ranks, compute_dtype=cfg.student.compute_dtype)
+    wraps = build(cfg.alignment, where="alignment").wraps(experts, tokenizer)
     trainer = Trainer(
         settings=_settings(cfg),
         learner=Learner(
@@ -127,8 +129,10 @@ def assemble(cfg: DictConfig, *, trackers: Sequence[Tracker] = (), ranks: Ranks 
             memory=memory_of(cfg.teachers),
             hidden_dtype=hidden_dtype_of(cfg.teachers),
             served=_served(cfg),
-            tokenizer=tokenizer,
-            longest=getattr(student.model.config, "max_position_embeddings", None),
+            wraps=wraps,
+            contexts=contexts(
+                experts, tokenizer, longest=getattr(student.model.config, "max_position_embeddings", None)
+            ),
         ),
         router=_router(cfg, experts),
         sampler=_sampler(cfg, prompts, experts),

@@ -17,6 +17,7 @@ from moteach.routing.exemplars import check_leak
 from moteach.routing.label import LabelRouter
 from moteach.routing.learner import Learner
 from moteach.students import Student
+from moteach.teachers.aligned import AlignedTeacher
 from moteach.teachers.following import following
 from moteach.teachers.hf import HFTeacher
 from moteach.teachers.lora import LoRATeacher
@@ -54,6 +55,9 @@ def check_teachers(
         if expert.student is not None:
             continue
         teacher = teacher.inner if isinstance(teacher, PrivilegedTeacher) else teacher
+        if isinstance(teacher, AlignedTeacher):
+            teacher.check(support=support, k=k)
+            continue
         if expert.url is not None:
             teacher.check(student.tokenizer, support=support, k=k)
             continue

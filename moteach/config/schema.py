@@ -186,6 +186,7 @@ class TrainConfig:
     """Name of the mix of experts that was chosen, if any."""
     router: Any = MISSING
     teacher_gate: Any = MISSING
+    alignment: Any = MISSING
     gate: Any = MISSING
     conflict: Any = MISSING
     objective: Any = MISSING
@@ -278,7 +279,8 @@ class SpecializeConfig:
 
 
 COMPONENT_GROUPS = (
-    *("router", "teacher_gate", "gate", "conflict", "objective", "divergence", "balance", "sampler", "rollout", "data"),
+    *("router", "teacher_gate", "alignment", "gate", "conflict", "objective", "divergence", "balance"),
+    *("sampler", "rollout", "data"),
 )
 """Groups whose node is one component: `_target_` and its arguments."""
 

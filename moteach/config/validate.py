@@ -167,7 +167,7 @@ def check_support(cfg: DictConfig) -> None:
     objective = resolve_target(cfg.objective._target_, where="objective")
     if name not in typing.get_args(Support):
         raise ConfigError(f"support.name: got '{name}'; {nearest(name, typing.get_args(Support))}")
-    used = ["objective", "conflict"]
+    used = ["objective", "conflict", "alignment"]
     # on the written token alone there is no distribution to compare; an objective that reads it anyway says so in `check`
     if "divergence" in constructor_parameters(objective) and name != "sampled":
         used.append("divergence")

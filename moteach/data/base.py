@@ -17,6 +17,9 @@ DEFAULT_DOMAIN = "default"
 USER_TEXT = "user_text"
 """Key of a chat prompt's metadata with what the user says; a router would see the template in every prompt otherwise."""
 
+CONVERSATION = "conversation"
+"""Key of a chat prompt's metadata with its messages, for teachers that read them in a template of their own."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PromptSet:

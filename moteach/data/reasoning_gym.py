@@ -8,7 +8,7 @@ import io
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from moteach.data.base import USER_TEXT, PromptSet, check_disjoint, text_key
+from moteach.data.base import CONVERSATION, USER_TEXT, PromptSet, check_disjoint, text_key
 from moteach.data.encoding import encode_chat, encode_text, has_chat_template
 from moteach.errors import ConfigError, DataError, MissingDependencyError, UnknownChoiceError, nearest
 from moteach.types import Prompt
@@ -121,9 +121,10 @@ class ReasoningGymPrompts:
 
     def _prompt(self, entry: dict[str, Any], *, task: str, domain: str, tokenizer: Any) -> Prompt:
         question = entry["question"] if self.instruction is None else f"{entry['question']}\n{self.instruction}"
+        system = [] if self.system_prompt is None else [{"role": "system", "content": self.system_prompt}]
+        conversation = [*system, {"role": "user", "content": question}]
         if has_chat_template(tokenizer):
-            system = [] if self.system_prompt is None else [{"role": "system", "content": self.system_prompt}]
-            text, ids = encode_chat([*system, {"role": "user", "content": question}], tokenizer)
+            text, ids = encode_chat(conversation, tokenizer)
         else:
             text, ids = encode_text(question, tokenizer)
         digest = hashlib.blake2b(entry["question"].encode(), digest_size=8).hexdigest()
@@ -137,6 +138,7 @@ class ReasoningGymPrompts:
             metadata={
                 METADATA_KEY: {"task": task, "config": self.configs.get(task, {}), "entry": entry},
                 USER_TEXT: question,
+                CONVERSATION: conversation,
             },
         )
 

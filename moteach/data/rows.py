@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from moteach.data.base import USER_TEXT
+from moteach.data.base import CONVERSATION, USER_TEXT
 from moteach.data.encoding import encode_chat, encode_text
 from moteach.errors import DataError, nearest
 from moteach.types import Prompt
@@ -146,11 +146,11 @@ class RowReader:
 
 
 def _said(prompt: object) -> dict[str, Any]:
-    """What the user says in chat messages, for the routers; a plain prompt says it itself."""
+    """Chat messages as they are, and what the user says in them, for the routers; a plain prompt says it itself."""
     if not isinstance(prompt, list):
         return {}
     said = [one["content"] for one in prompt if one["role"] == "user" and isinstance(one["content"], str)]
-    return {USER_TEXT: "\n".join(said)} if said else {}
+    return {CONVERSATION: [dict(one) for one in prompt]} | ({USER_TEXT: "\n".join(said)} if said else {})
 
 
 _NAMES: dict[type, str] = {str: "a string", int: "a whole number", float: "a number", dict: "an object", list: "a list"}

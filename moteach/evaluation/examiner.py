@@ -11,6 +11,7 @@ from torch import nn
 from moteach.data.base import rows_by_domain
 from moteach.errors import ConfigError, UnsupportedCombinationError
 from moteach.evaluation.runner import Grade, grade_rollouts
+from moteach.teachers.aligned import AlignedTeacher
 from moteach.teachers.pool import TeacherPool
 from moteach.teachers.reuse import ReusingTeachers
 from moteach.types import Prompt
@@ -100,6 +101,8 @@ class TeacherExaminer:
 
 def _generates(teacher: Any) -> bool:
     # a property that loads weights must not be read to find out whether it is there
+    if isinstance(teacher, AlignedTeacher):
+        return False
     return isinstance(getattr(type(teacher), "model", None), property) or isinstance(
         vars(teacher).get("model"), nn.Module
     )

@@ -198,3 +198,22 @@ def gate_columns(
                 "dropped from the loss. Let the router pass more candidates, or choose gate=prompt"
             )
     return weights[:, [routing.teacher_ids.index(name) for name in asked]]
+
+
+def where_scored(
+    weights: Float[Tensor, "packed scored_teacher"], evidence: Evidence
+) -> Float[Tensor, "packed scored_teacher"]:
+    """Gives the weight of teachers that said nothing about a token to those that did; nobody teaches it where none did.
+
+    Only teachers that may leave tokens out (`TeacherEvidence.partial`) are looked at; without any, `weights` are returned.
+    """
+    partial = [column for column, entry in enumerate(evidence.teachers) if entry.partial]
+    if not partial:
+        return weights
+    scored = torch.ones_like(weights)
+    for column in partial:
+        scored[:, column] = 0
+        scored[evidence.teachers[column].tokens, column] = 1
+    kept = weights * scored
+    total = kept.sum(dim=1, keepdim=True)
+    return torch.where(total > 0, kept * (weights.sum(dim=1, keepdim=True) / total.clamp(min=1e-30)), kept)

@@ -102,15 +102,15 @@ class Conditioning:
                 abstained=wanted.sum(dim=1) == 0,
             ),
         )
+        lengths = known.loss_mask.sum(dim=1)
         sums = torch.full(wanted.shape, -math.inf, dtype=torch.float64)
         for entry in evidence.teachers:
             assert entry.sampled_logprobs is not None, "asked for the logprobs of the written tokens"
             rows = known.token_rows[entry.tokens]
             total = torch.zeros(len(known), dtype=torch.float64)
             total.index_add_(0, rows, entry.sampled_logprobs.double().cpu())
-            asked = torch.zeros(len(known), dtype=torch.bool)
-            asked[rows] = True
-            sums[:, routing.teacher_ids.index(entry.teacher_id)] = total.masked_fill(~asked, -math.inf)
-        lengths = known.loss_mask.sum(dim=1)
+            # the logprob of a part of an answer would make its teacher seem to know it better
+            whole = (torch.bincount(rows, minlength=len(known)) == lengths) & (lengths > 0)
+            sums[:, routing.teacher_ids.index(entry.teacher_id)] = total.masked_fill(~whole, -math.inf)
         totals = torch.where(has.unsqueeze(1), sums[of_row.clamp(min=0)], -math.inf)
         return totals.to(routing.weights.dtype), torch.where(has, lengths[of_row.clamp(min=0)], 0)

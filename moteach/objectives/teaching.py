@@ -18,7 +18,7 @@ from moteach.divergences.logprobs import chunked_token_stats
 from moteach.divergences.measure import OF_TOP1, OF_TOPK, measure
 from moteach.divergences.origins import ANCHOR, REFERENCE
 from moteach.errors import RoutingError
-from moteach.objectives.base import Scored, gate_columns
+from moteach.objectives.base import Scored, gate_columns, where_scored
 from moteach.objectives.sequences import sequence_logprobs
 from moteach.routing.base import Gate
 from moteach.routing.context import GateContext
@@ -72,11 +72,11 @@ class Teaching:
             RoutingError: The gate gives weight to a teacher that was not asked.
         """
         if scored.teacher_weights is not None:
-            return gate_columns(scored.teacher_weights, scored.routing, scored.evidence)
+            return where_scored(gate_columns(scored.teacher_weights, scored.routing, scored.evidence), scored.evidence)
         gated = scored.gate_weights
         if gated is None:
             gated = self.gate.weights(GateContext(rollouts=scored.rollouts, routing=scored.routing))
-        weights = gate_columns(gated, scored.routing, scored.evidence)
+        weights = where_scored(gate_columns(gated, scored.routing, scored.evidence), scored.evidence)
         return self._reweighed(weights, scored) if SEQUENCE_LOGPROBS in self.resolver.needs else weights
 
     def prepared(self, scored: Scored) -> Scored:

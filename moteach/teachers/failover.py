@@ -240,7 +240,7 @@ def _restricted(said: TeacherEvidence | None, rollouts: RolloutBatch, rows: Tens
     mine = torch.isin(rollouts.token_rows[said.tokens], rows)
     if bool(mine.all()):
         return said
-    if not bool(mine.any()):
+    if not bool(mine.any()) and not said.partial:
         return None
     return replace(
         said,

@@ -83,7 +83,8 @@ def check_vocabulary(client: HttpClient, probe: Row, tokenizer: Any) -> None:
             raise IncompatibleTeacherError(
                 f"expected the teacher '{probe.teacher_id}' to have the student's vocabulary, got another text for the ids "
                 f"from {ids[0]} to {ids[-1]} (student {mine[place : place + 20]!r}, teacher "
-                f"{theirs[place : place + 20]!r}); it would grade another text"
+                f"{theirs[place : place + 20]!r}); it would grade another text. It needs alignment=bytes (with "
+                "support=sampled) and its own tokenizer by 'tokenizer:' on the card"
             )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -18,7 +18,6 @@ from moteach.teachers.lora import AdapterStore, LoRATeacher
 from moteach.teachers.mapped import MappedStore
 from moteach.teachers.mixed import score_mixed
 from moteach.teachers.own import Stage, StudentTeacher
-from moteach.teachers.privileged import PrivilegedTeacher
 from moteach.teachers.references import References
 from moteach.teachers.scoring import dead
 from moteach.teachers.store import ModelStore
@@ -66,8 +65,8 @@ class TeacherPool:
         memory: int | None = None,
         hidden_dtype: torch.dtype | None = None,
         served: Mapping[str, Any] | None = None,
-        tokenizer: Any = None,
-        longest: int | None = None,
+        wraps: Mapping[str, Callable[[Any], Any]] | None = None,
+        contexts: Mapping[str, Callable[[Any], Any]] | None = None,
     ) -> TeacherPool:
         """Builds the pool of a run's experts with the checkpoints they were trained from, see `build_teachers`."""
         store = store_of(max_resident=max_resident, memory=memory, device=device)
@@ -80,19 +79,32 @@ class TeacherPool:
                 store=store,
                 device=device,
                 served=served,
-                tokenizer=tokenizer,
-                longest=longest,
+                wraps=wraps,
+                contexts=contexts,
             ),
             references=References.from_experts(
-                specs, store=store, max_tokens_per_forward=max_tokens_per_forward, vocab_size=vocab_size
+                specs,
+                store=store,
+                max_tokens_per_forward=max_tokens_per_forward,
+                vocab_size=vocab_size,
+                wraps=wraps,
             ),
             hidden_dtype=hidden_dtype,
         )
 
     def lap(self) -> dict[str, float]:
-        """Returns `teacher_http/<teacher>/<count>` since the last lap, of the teachers behind servers; empty without any."""
-        counts = {name: teacher.lap() for name, teacher in self._teachers.items() if hasattr(teacher, "lap")}
-        return {f"teacher_http/{name}/{key}": value for name, found in counts.items() for key, value in found.items()}
+        """Counts since the last lap, empty where there is nothing to count.
+
+        Returns:
+            `teacher_http/<teacher>/<count>` of the teachers behind servers, and `alignment/<teacher>/<count>` of those with
+            tokens of their own.
+        """
+        found: dict[str, float] = {}
+        for what, method in (("teacher_http", "lap"), ("alignment", "alignment_lap")):
+            for name, teacher in self._teachers.items():
+                counts: dict[str, float] = getattr(teacher, method, dict)()
+                found |= {f"{what}/{name}/{key}": value for key, value in counts.items()}
+        return found
 
     @property
     def teacher_ids(self) -> tuple[str, ...]:
@@ -223,8 +235,8 @@ def build_teachers(
     device: str = "cpu",
     memory: int | None = None,
     served: Mapping[str, Any] | None = None,
-    tokenizer: Any = None,
-    longest: int | None = None,
+    wraps: Mapping[str, Callable[[Any], Any]] | None = None,
+    contexts: Mapping[str, Callable[[Any], Any]] | None = None,
 ) -> list[Any]:
     """Builds teachers for experts: weights load on first use, equal checkpoints load once, servers are asked on first use.
 
@@ -238,16 +250,19 @@ def build_teachers(
         device: A torch device, or `auto`.
         memory: Most bytes of whole models at once, see `MappedStore`; None keeps them loaded.
         served: Further arguments of `VLLMTeacher`, for experts with a `url`.
-        tokenizer: The student's, for experts with a `context`.
-        longest: Most tokens of a row with such a context; None does not look.
+        wraps: What is put around the teachers of these names, which keep a vocabulary of their own.
+        contexts: What is put around the teachers of these names, which read more than the student.
 
     Raises:
         ConfigError: A size is not positive, or a server's host is not allowed.
     """
     models = store_of(max_resident=max_resident, memory=memory, device=device) if store is None else store
     adapters = AdapterStore(device=device)
+    wraps = wraps or {}
+    student_size = vocab_size
     teachers: list[Any] = []
     for spec in experts:
+        vocab_size = None if spec.name in wraps else student_size
         if spec.url is not None:
             from moteach.teachers.vllm import VLLMTeacher
 
@@ -295,7 +310,9 @@ def build_teachers(
                 store=models,
             )
         )
-    return _informed(experts, teachers, tokenizer=tokenizer, longest=longest)
+    teachers = [wraps[one.teacher_id](one) if one.teacher_id in wraps else one for one in teachers]
+    told = contexts or {}
+    return [told[one.teacher_id](one) if one.teacher_id in told else one for one in teachers]
 
 
 def _student(spec: ExpertSpec, chunk_size: int, max_tokens_per_forward: int) -> StudentTeacher:
@@ -307,15 +324,3 @@ def _student(spec: ExpertSpec, chunk_size: int, max_tokens_per_forward: int) -> 
         chunk_size=chunk_size,
         max_tokens_per_forward=max_tokens_per_forward,
     )
-
-
-def _informed(
-    experts: Sequence[ExpertSpec], teachers: Sequence[Any], *, tokenizer: Any, longest: int | None
-) -> list[Any]:
-    """Lets those that have a context read it."""
-    return [
-        teacher
-        if spec.context is None
-        else PrivilegedTeacher(teacher, context=spec.context, tokenizer=tokenizer, longest=longest)
-        for spec, teacher in zip(experts, teachers, strict=True)
-    ]

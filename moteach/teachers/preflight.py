@@ -29,6 +29,7 @@ from moteach.types import Prompt, RolloutBatch, Support
 Level = Literal["ok", "warn", "error"]
 _SPECIAL = ("pad_token_id", "eos_token_id", "bos_token_id", "unk_token_id")
 _SUPPORTS: tuple[Support, ...] = ("full", "topk", "sampled")
+_ENDINGS = "; endings would be misjudged. It needs alignment=bytes (with support=sampled), or leave it out"
 _SAME_ORIGIN, _FOREIGN = 0.04, 0.19
 
 
@@ -232,7 +233,7 @@ def _vocabulary(name: str, theirs: Any, mine: Any) -> list[Finding]:
                 message=f"expected the teacher '{name}' to have the student's vocabulary, got {len(differing)} "
                 "tokens that "
                 f"differ, first {token!r} (student {one.get(token)}, teacher {other.get(token)}); it would grade "
-                "another text",
+                "another text. It needs alignment=bytes (with support=sampled), or leave it out",
             )
         )
     else:
@@ -246,7 +247,7 @@ def _vocabulary(name: str, theirs: Any, mine: Any) -> list[Finding]:
         message = (
             f"expected the teacher '{name}' to have the student's special tokens, got other ids for {', '.join(wrong)}"
         )
-        findings.append(Finding(level="error", name="special_tokens", message=message + "; endings would be misjudged"))
+        findings.append(Finding(level="error", name="special_tokens", message=message + _ENDINGS))
     else:
         findings.append(Finding(level="ok", name="special_tokens", message="the same ids"))
     return findings

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 from moteach.catalogue.selves import fields_of
+from moteach.catalogue.spec import ExpertSpec
 from moteach.data.base import USER_TEXT, domain_of, words_of
 from moteach.data.encoding import encode_chat, encode_text
 from moteach.errors import ConfigError, DataError
@@ -118,3 +119,20 @@ class PrivilegedTeacher:
                     f"teacher '{self.teacher_id}': expected a context that the tokenizer can write, got characters it does not "
                     f"know in {self.context!r}; the teacher would read something else"
                 )
+
+
+def contexts(
+    experts: Sequence[ExpertSpec], tokenizer: Any, *, longest: int | None = None
+) -> dict[str, Callable[[Teacher], Teacher]]:
+    """What is put around the teachers whose cards have a `context`, by name.
+
+    Args:
+        experts: The run's experts.
+        tokenizer: The student's.
+        longest: Most tokens of a row.
+    """
+
+    def telling(context: str) -> Callable[[Teacher], Teacher]:
+        return lambda inner: PrivilegedTeacher(inner, context=context, tokenizer=tokenizer, longest=longest)
+
+    return {expert.name: telling(expert.context) for expert in experts if expert.context is not None}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -35,6 +36,7 @@ class References:
         chunk_size: int = 1024,
         max_tokens_per_forward: int = 16384,
         vocab_size: int | None = None,
+        wraps: Mapping[str, Callable[[Any], Any]] | None = None,
     ) -> References:
         """Builds the origins that the cards name: `reference`, or the `base` of an adapter.
 
@@ -44,24 +46,27 @@ class References:
             chunk_size: Tokens whose logits exist at once.
             max_tokens_per_forward: Padded tokens in one forward.
             vocab_size: Size of the student's head, see `HFTeacher`.
+            wraps: What is put around the teachers of these names, and so around their origins.
         """
-        built: dict[str, HFTeacher] = {}
+        wraps = wraps or {}
+        built: dict[str, Any] = {}
         origins: dict[str, Teacher] = {}
         for spec in experts:
             place = spec.reference or spec.base
             if place is None:
                 continue
             if place not in built:
-                built[place] = HFTeacher(
+                origin = HFTeacher(
                     teacher_id=place,
                     model=place,
                     revision=None if spec.reference else spec.revision,
                     dtype=spec.dtype,
                     chunk_size=chunk_size,
                     max_tokens_per_forward=max_tokens_per_forward,
-                    vocab_size=vocab_size,
+                    vocab_size=None if spec.name in wraps else vocab_size,
                     store=store,
                 )
+                built[place] = wraps[spec.name](origin) if spec.name in wraps else origin
             origins[spec.name] = built[place]
         return cls(origins)
 

@@ -105,7 +105,7 @@ class ReusingTeachers:
         for column, name in enumerate(routing.teacher_ids):
             if name in self._said:
                 mine = wanted[rollouts.token_rows[self._said[name].tokens], column]
-                if bool(mine.any()):
+                if bool(mine.any()) or self._said[name].partial:
                     entries.append(_taken(self._said[name], mine.nonzero(as_tuple=True)[0]))
         return Evidence(teachers=tuple(entries), num_tokens=rollouts.num_tokens)
 
@@ -117,7 +117,11 @@ class ReusingTeachers:
             targets = rollouts.token_targets[entry.tokens].to(hidden.device)
             logprobs = chunked_token_logprobs(hidden, head, targets, chunk_size=self.chunk_size)
         return TeacherEvidence(
-            teacher_id=entry.teacher_id, support="sampled", tokens=entry.tokens, sampled_logprobs=logprobs
+            teacher_id=entry.teacher_id,
+            support="sampled",
+            tokens=entry.tokens,
+            sampled_logprobs=logprobs,
+            partial=entry.partial,
         )
 
 

@@ -48,7 +48,7 @@ def overrides_of(path: Path) -> list[str]:
 
 def test_the_top_level_keys_of_a_run_are_these() -> None:
     assert sorted(composed()) == [
-        "balance", "checkpoint", "conflict", "data", "divergence", "eval", "expert_path", "experts", "gate",
+        "alignment", "balance", "checkpoint", "conflict", "data", "divergence", "eval", "expert_path", "experts", "gate",
         "group_size", "max_steps", "mix", "objective", "optim", "rollout", "router", "run_dir", "sampler", "seed",
         "student", "support", "teacher_gate", "teachers", "team", "threads", "token_weights", "trace", "tracker",
     ]  # fmt: skip

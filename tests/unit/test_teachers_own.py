@@ -14,7 +14,7 @@ from moteach.errors import CheckpointError, ConfigError, DataError, ExpertCardEr
 from moteach.teachers.hf import HFTeacher
 from moteach.teachers.own import StudentTeacher
 from moteach.teachers.pool import TeacherPool
-from moteach.teachers.privileged import PrivilegedTeacher
+from moteach.teachers.privileged import PrivilegedTeacher, contexts
 from moteach.testing import tiny_model, tiny_tokenizer
 from moteach.types import Prompt, Rollout, RolloutBatch, Support, TeacherEvidence
 
@@ -180,7 +180,7 @@ def test_a_frozen_model_may_be_told_more_too(tmp_path: Path) -> None:
     model = student(3)
     model.save_pretrained(tmp_path / "m")
     spec = ExpertSpec(name="told", model=str(tmp_path / "m"), context="{answer}; {prompt}")
-    teacher = TeacherPool.from_experts({"told": spec}, tokenizer=TOKENIZER).get("told")
+    teacher = TeacherPool.from_experts({"told": spec}, contexts=contexts([spec], TOKENIZER)).get("told")
     assert isinstance(teacher, PrivilegedTeacher)
     assert isinstance(teacher.inner, HFTeacher)
     found = teacher.score(batch(("1+2=", "3", "3")), support="sampled").sampled_logprobs

@@ -1,0 +1,44 @@
+"""Launchers of sweeps, and the example of two nodes: they compose and validate without the machines they are for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+
+from moteach.cli.app import prepare
+from moteach.config.validate import validate
+from moteach.paths import conf_dir
+
+LAUNCHERS = sorted((conf_dir() / "hydra" / "launcher").glob("*.yaml"))
+
+
+def composed(*overrides: str, hydra: bool = False) -> DictConfig:
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        return compose("train", list(overrides), return_hydra_config=hydra)
+
+
+@pytest.mark.parametrize("path", LAUNCHERS, ids=lambda path: path.stem)
+def test_a_launcher_composes_without_its_plugin_and_takes_overrides(path: Path) -> None:
+    cfg = composed(f"hydra/launcher={path.stem}", "hydra.launcher.timeout_min=7", hydra=True)
+    launcher = OmegaConf.to_container(cfg.hydra.launcher)
+    assert isinstance(launcher, dict)
+    assert str(launcher["_target_"]).startswith("hydra_plugins.hydra_submitit_launcher.")
+    assert launcher["timeout_min"] == 7
+    assert launcher["name"] == "moteach"
+
+
+def test_the_example_of_two_nodes_is_valid_with_teachers_behind_servers(tmp_path: Path) -> None:
+    for number, name in enumerate(("law", "latin")):
+        card = f"url: http://teacher-{number}:8000\ndomains: [{name}]\n"
+        (tmp_path / f"{name}.yaml").write_text(card, encoding="utf-8")
+    prepare([tmp_path])
+    try:
+        cfg = composed("experiment=two_nodes", "experts=[law,latin]", "student.model=org/base")
+    finally:
+        prepare()
+    validate(cfg)
+    assert (cfg.support.name, cfg.support.k) == ("topk", 64)
+    assert {expert.url.split(":")[1].strip("/") for expert in cfg.experts.values()} <= set(cfg.teachers.allowed_hosts)
