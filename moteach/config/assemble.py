@@ -111,7 +111,6 @@ def assemble(cfg: DictConfig, *, trackers: Sequence[Tracker] = (), ranks: Ranks 
     )
     _set_threads(cfg.threads, student)
     shard(student, ranks, compute_dtype=cfg.student.compute_dtype)
-    wraps = build(cfg.alignment, where="alignment").wraps(experts, tokenizer)
     trainer = Trainer(
         settings=_settings(cfg),
         learner=Learner(
@@ -122,18 +121,7 @@ def assemble(cfg: DictConfig, *, trackers: Sequence[Tracker] = (), ranks: Ranks 
             micro_batch_size=cfg.optim.micro_batch_size,
             ranks=ranks,
         ),
-        teachers=TeacherPool.from_experts(
-            {expert.name: expert for expert in experts},
-            max_tokens_per_forward=cfg.teachers.max_tokens_per_forward,
-            vocab_size=student.vocab_size,
-            memory=memory_of(cfg.teachers),
-            hidden_dtype=hidden_dtype_of(cfg.teachers),
-            served=_served(cfg),
-            wraps=wraps,
-            contexts=contexts(
-                experts, tokenizer, longest=getattr(student.model.config, "max_position_embeddings", None)
-            ),
-        ),
+        teachers=_teachers(cfg, experts, student, tokenizer),
         router=_router(cfg, experts),
         sampler=_sampler(cfg, prompts, experts),
         engine=build_engine(cfg, student.model, tokenizer),
@@ -165,6 +153,20 @@ def assemble(cfg: DictConfig, *, trackers: Sequence[Tracker] = (), ranks: Ranks 
     _check(job)
     trainer.engine = ahead_of(trainer.engine, trainer.sampler, max_steps=cfg.max_steps, ranks=ranks.size)
     return job
+
+
+def _teachers(cfg: DictConfig, experts: Sequence[ExpertSpec], student: Student, tokenizer: Any) -> TeacherPool:
+    longest = getattr(student.model.config, "max_position_embeddings", None)
+    return TeacherPool.from_experts(
+        {expert.name: expert for expert in experts},
+        max_tokens_per_forward=cfg.teachers.max_tokens_per_forward,
+        vocab_size=student.vocab_size,
+        memory=memory_of(cfg.teachers),
+        hidden_dtype=hidden_dtype_of(cfg.teachers),
+        served=_served(cfg),
+        wraps=build(cfg.alignment, where="alignment").wraps(experts, tokenizer),
+        contexts=contexts(experts, tokenizer, longest=longest),
+    )
 
 
 def _trackers(cfg: DictConfig, more: Sequence[Tracker]) -> list[Tracker]:
