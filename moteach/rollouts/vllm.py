@@ -8,11 +8,9 @@ Routes of VLLM_SERVER_DEV_MODE ask for no key: the server belongs on loopback or
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -24,7 +22,7 @@ from moteach.rollouts.checks import check_lengths, check_setting, context_of, eo
 from moteach.rollouts.hf import HFEngine
 from moteach.rollouts.probe import WeightCheck
 from moteach.rollouts.sampling import keyed_seeds
-from moteach.rollouts.weights import FolderTransfer, NCCLTransfer, Transfer, WeightSync
+from moteach.rollouts.weights import FolderTransfer, NCCLTransfer, WeightSync
 from moteach.rollouts.wire import Sampling, Written, models_request, sampling_request, scoring_request
 from moteach.teachers.http import HttpClient, Request
 from moteach.types import Prompt, Rollout, RolloutBatch
@@ -70,6 +68,14 @@ class VLLMEngine:
         ConfigError: A setting is out of range, or the address is not allowed.
     """
 
+    version: int = 0
+    """Optimizer steps the student had taken when its weights were sent."""
+    _check: WeightCheck | None = None
+    _model: nn.Module | None = None
+    _eos_ids: tuple[int, ...] = ()
+    _pad_id: int = 0
+    _synced: bool = False
+
     def __init__(
         self,
         *,
@@ -114,7 +120,6 @@ class VLLMEngine:
         )
         """The same settings in this process, for models that the server does not hold."""
         self.served_name = served_name
-        self.version = 0
         self._client = HttpClient(
             name=served_name,
             url=url,
@@ -128,19 +133,13 @@ class VLLMEngine:
             role="rollout server",
             keys="rollout",
         )
-        self._own_folder = None if transfer == "nccl" or folder is not None else _folder_in_memory()
-        carrier: Transfer
-        if transfer == "nccl":
-            carrier = NCCLTransfer(client=self._client, url=url, address=nccl_address, port=nccl_port, timeout=timeout)
-        else:
-            carrier = FolderTransfer(client=self._client, folder=folder or str(getattr(self._own_folder, "name", "")))
-        self._weights = WeightSync(client=self._client, transfer=carrier)
+        self._weights = WeightSync(
+            client=self._client,
+            transfer=NCCLTransfer(client=self._client, url=url, address=nccl_address, port=nccl_port, timeout=timeout)
+            if transfer == "nccl"
+            else FolderTransfer(client=self._client, folder=folder),
+        )
         self._check_settings = (check_tokens, check_tolerance)
-        self._check: WeightCheck | None = None
-        self._model: nn.Module | None = None
-        self._eos_ids: tuple[int, ...] = ()
-        self._pad_id = 0
-        self._synced = False
         self._seen: dict[str, float] = {}
 
     def bind(self, model: nn.Module, tokenizer: Any, *, version: int = 0) -> VLLMEngine:
@@ -300,12 +299,6 @@ class VLLMEngine:
                 "distribution. Start it with --logprobs-mode processed_logprobs, or sample with temperature 1 and without "
                 "truncation"
             )
-
-
-def _folder_in_memory() -> tempfile.TemporaryDirectory[str]:
-    """A folder that nobody else reads, gone with the engine."""
-    memory = "/dev/shm" if Path("/dev/shm").is_dir() else None
-    return tempfile.TemporaryDirectory(prefix="moteach-", dir=memory)
 
 
 def _rollout(prompt: Prompt, sample: int, written: Written, version: int) -> Rollout:

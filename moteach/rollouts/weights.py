@@ -7,6 +7,7 @@ fails the server stays paused: it must not go on with half of the new weights.
 from __future__ import annotations
 
 import shutil
+import tempfile
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -102,11 +103,15 @@ class FolderTransfer:
 
     Args:
         client: Asks the server.
-        folder: On a disk of both; `/dev/shm/...` on one machine.
+        folder: On a disk of both. None: one in memory that nobody else reads, gone with this object.
     """
 
-    def __init__(self, *, client: HttpClient, folder: str) -> None:
+    def __init__(self, *, client: HttpClient, folder: str | None) -> None:
         self._client = client
+        if folder is None:
+            memory = "/dev/shm" if Path("/dev/shm").is_dir() else None
+            self._own = tempfile.TemporaryDirectory(prefix="moteach-", dir=memory)
+            folder = self._own.name
         self._folder = Path(folder).absolute()
 
     def send(self, student: nn.Module, *, version: int) -> None:

@@ -36,6 +36,7 @@ class FakeRollouts:
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"fake": self}))
         self.server.daemon_threads = True
         self.server.block_on_close = False
+        self.server.handle_error = lambda *ignored: None  # type: ignore[method-assign]
         threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
         return self

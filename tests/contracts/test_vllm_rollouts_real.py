@@ -79,20 +79,19 @@ def test_rollouts_and_weights(folder: Path, tmp_path: Path, monkeypatch: pytest.
 
         # vLLM's own way says that all is well
         nudge(student, 0.2)
-        monkeypatch.setattr(engine._weights, "_transfer", _OwnReload(engine))
+        monkeypatch.setattr(engine._weights, "_transfer", _OwnReload(engine, tmp_path / "plain"))
         with pytest.raises(WeightSyncError, match="another model than the one that is trained") as caught:
             engine.sync(student, version=5)
         print("vLLM's reload_weights:", caught.value)
 
 
 class _OwnReload:
-    def __init__(self, engine: VLLMEngine) -> None:
-        self._engine = engine
+    def __init__(self, engine: VLLMEngine, target: Path) -> None:
+        self._engine, self._target = engine, target
 
     def send(self, student: torch.nn.Module, *, version: int) -> None:
-        target = Path(self._engine._own_folder.name) / "plain"
-        student.save_pretrained(target)
-        call = {"method": "reload_weights", "kwargs": {"weights_path": str(target)}}
+        student.save_pretrained(self._target)
+        call = {"method": "reload_weights", "kwargs": {"weights_path": str(self._target)}}
         self._engine._weights._post("/collective_rpc", call)
 
 
