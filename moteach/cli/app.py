@@ -53,6 +53,7 @@ def run_app(config_name: str, argv: Sequence[str], task: Callable[[DictConfig], 
     chosen = {argument.split("=", 1)[0].lstrip("+~") for argument in argv}
     defaults = [setting for setting in _OWN_FOLDERS_OFF if setting.split("=", 1)[0] not in chosen]
     refused: list[MoteachError] = []
+    home = os.getpid()
     composed = False
 
     def guarded(cfg: DictConfig) -> Any:
@@ -62,15 +63,21 @@ def run_app(config_name: str, argv: Sequence[str], task: Callable[[DictConfig], 
         try:
             return task(cfg)
         except MoteachError as error:
-            refused.append(error)
+            refusal: MoteachError = error
         except OmegaConfBaseException as error:
-            refused.append(ConfigError(explain(error, list(argv), config_name)))
+            refusal = ConfigError(explain(error, list(argv), config_name))
+        if os.getpid() != home:
+            # a launcher runs the jobs of a sweep elsewhere: what is only noted there would pass for a success here
+            raise refusal
+        refused.append(refusal)
         return None
 
     saved = sys.argv
     sys.argv = [f"moteach {config_name}", *defaults, *overrides_first(argv)]
     try:
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)(guarded)()
+    except MoteachError:
+        raise
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(explain(error, list(argv), config_name)) from error
     except ValueError as error:

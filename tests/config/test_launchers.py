@@ -8,8 +8,9 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from moteach.cli.app import prepare
+from moteach.cli.app import prepare, run_app
 from moteach.config.validate import validate
+from moteach.errors import UnsupportedCombinationError
 from moteach.paths import conf_dir
 
 LAUNCHERS = sorted((conf_dir() / "hydra" / "launcher").glob("*.yaml"))
@@ -42,3 +43,24 @@ def test_the_example_of_two_nodes_is_valid_with_teachers_behind_servers(tmp_path
     validate(cfg)
     assert (cfg.support.name, cfg.support.k) == ("topk", 64)
     assert {expert.url.split(":")[1].strip("/") for expert in cfg.experts.values()} <= set(cfg.teachers.allowed_hosts)
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_refusal_in_another_process_is_no_success(
+    elsewhere: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Here refusals are noted and told once, after the sweep; of a job in another process only what it raises comes back."""
+    seen = []
+
+    def task(cfg: DictConfig) -> None:
+        seen.append(cfg.seed)
+        if elsewhere:
+            monkeypatch.setattr("moteach.cli.app.os.getpid", lambda: -1)
+        raise UnsupportedCombinationError("these two do not meet")
+
+    sweep = ["seed=1,2", f"run_dir={tmp_path}", f"hydra.sweep.dir={tmp_path}", "--multirun"]
+    with pytest.raises(UnsupportedCombinationError, match=r"^these two do not meet$"):
+        run_app("train", sweep, task)
+    assert seen == [1, 2]
+    # what Hydra says of a job that raised
+    assert ("Error executing job" in capsys.readouterr().err) == elsewhere

@@ -12,11 +12,13 @@ import pytest
 import torch
 from integration_runs import metrics, student_bytes, train
 
+from moteach.catalogue.modeling import load_causal_lm
 from moteach.cli.main import main
 from moteach.testing import TinyWorld, tiny_model, write_tiny_world
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "unit"))
+sys.path += [str(Path(__file__).resolve().parents[1] / folder) for folder in ("unit", "contracts")]
 
+from fake_vllm import FakeVLLM
 from tokenizers_of_their_own import byte_level
 
 ALIGNED = ["alignment=bytes", "support=sampled", "objective=policy_gradient"]
@@ -103,3 +105,25 @@ def test_a_resumed_run_is_the_same_to_the_bit(world: TinyWorld, tmp_path: Path) 
     (tmp_path / "cut" / "summary.json").unlink()
     shutil.rmtree(tmp_path / "cut" / "student")
     assert student_bytes(train(tmp_path / "cut", *given)) == student_bytes(whole)
+
+
+def test_a_served_teacher_with_its_tokenizer_on_the_card_teaches_the_same(world: TinyWorld, tmp_path: Path) -> None:
+    weights = world.cards / "weights" / "alpha"
+    cards = tmp_path / "cards"
+    cards.mkdir()
+    given = [
+        *(one for one in world.overrides if not one.startswith("expert_path=")),
+        *ALIGNED,
+        "eval=none",
+        "max_steps=2",
+    ]
+    given = [*given, "experts=[alpha]"]
+    here = metrics(train(tmp_path / "here", *given, f"expert_path=[{world.cards}]"))
+    with FakeVLLM(load_causal_lm(str(weights)).eval(), name="alpha", tokenizer=byte_level()) as fake:
+        card = f"url: {fake.url}\ntokenizer: {weights}\ndomains: [alpha]\n"
+        (cards / "alpha.yaml").write_text(card, encoding="utf-8")
+        there = metrics(train(tmp_path / "there", *given, f"expert_path=[{cards}]"))
+    for one, other in zip(here, there, strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-4)
+        assert other["alignment/alpha/scored"] == one["alignment/alpha/scored"]
+        assert other["teacher_http/alpha/requests"] >= 1
