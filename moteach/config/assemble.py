@@ -53,7 +53,7 @@ from moteach.sharding import shard
 from moteach.students import Student
 from moteach.teachers.failover import Failover
 from moteach.teachers.hf import HFTeacher
-from moteach.teachers.pool import TeacherPool
+from moteach.teachers.pool import TeacherPool, store_of
 from moteach.tracking.base import Tracker
 from moteach.tracking.traces import Traces
 from moteach.trainer import Trainer
@@ -121,7 +121,7 @@ def assemble(cfg: DictConfig, *, trackers: Sequence[Tracker] = (), ranks: Ranks 
             {expert.name: expert for expert in experts},
             max_tokens_per_forward=cfg.teachers.max_tokens_per_forward,
             vocab_size=student.vocab_size,
-            memory=memory_of(cfg.teachers),
+            store=store_of(memory_of(cfg.teachers)),
             hidden_dtype=hidden_dtype_of(cfg.teachers),
             served=_served(cfg),
         ),
