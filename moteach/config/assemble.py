@@ -56,7 +56,7 @@ from moteach.students import Student
 from moteach.teachers.failover import Failover
 from moteach.teachers.following import bind_student
 from moteach.teachers.hf import HFTeacher
-from moteach.teachers.pool import TeacherPool
+from moteach.teachers.pool import TeacherPool, store_of
 from moteach.teachers.privileged import contexts
 from moteach.tracking.base import Tracker
 from moteach.tracking.traces import Traces
@@ -161,7 +161,7 @@ def _teachers(cfg: DictConfig, experts: Sequence[ExpertSpec], student: Student, 
         {expert.name: expert for expert in experts},
         max_tokens_per_forward=cfg.teachers.max_tokens_per_forward,
         vocab_size=student.vocab_size,
-        memory=memory_of(cfg.teachers),
+        store=store_of(memory_of(cfg.teachers)),
         hidden_dtype=hidden_dtype_of(cfg.teachers),
         served=_served(cfg),
         wraps=build(cfg.alignment, where="alignment").wraps(experts, tokenizer),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from moteach.errors import ConfigError
@@ -31,7 +32,7 @@ def connect_router(trainer: Trainer) -> None:
     if isinstance(router, AskingRouter) and "evidence" in router.needs and isinstance(pool, TeacherPool):
         teachers = ReusingTeachers(pool, support=trainer.settings.support, k=trainer.settings.k)
         trainer.teachers = teachers
-        router.bind_teachers(teachers.ask)
+        router.bind_teachers(partial(trainer.failover.ask, teachers))
 
 
 def check_router_needs(router: Any, drawn: Sequence[Prompt]) -> None:

@@ -4,7 +4,23 @@ from __future__ import annotations
 
 from typing import Protocol, runtime_checkable
 
+from moteach.errors import DeadTeacherError, TeacherUnavailableError
 from moteach.types import RolloutBatch, Support, TeacherEvidence
+
+Answer = TeacherEvidence | DeadTeacherError | TeacherUnavailableError
+"""What a teacher said, or why it could not."""
+
+
+def answer_of(answer: Answer) -> TeacherEvidence:
+    """Returns the evidence.
+
+    Raises:
+        DeadTeacherError: The teacher is dead.
+        TeacherUnavailableError: It did not answer.
+    """
+    if isinstance(answer, TeacherEvidence):
+        return answer
+    raise answer
 
 
 @runtime_checkable

@@ -13,6 +13,8 @@ from torch import Tensor
 from moteach.divergences.plan import full_evidence
 from moteach.divergences.projection import project
 from moteach.errors import ConfigError, DeadTeacherError, TeacherUnavailableError, nearest
+from moteach.teachers.base import answer_of
+from moteach.teachers.joining import joined, taken
 from moteach.teachers.pool import TeacherPool, check_rows
 from moteach.teachers.reuse import ReusingTeachers
 from moteach.types import Evidence, RolloutBatch, Routing, Support, TeacherEvidence
@@ -121,36 +123,64 @@ class Failover:
             for entry in evidence.teachers:
                 check_alive(entry, rollouts)
             return evidence, routing
-        pool = pool.pool if isinstance(pool, ReusingTeachers) else pool
         check_rows(rollouts, routing)
-        said: dict[str, TeacherEvidence | None] = {}
-        asked: dict[str, Tensor] = {}
+        said: dict[str, TeacherEvidence] = {}
         failed: list[str] = []
-        current = routing
-        settled = False
-        while not settled:
-            settled = True
-            for name in (name for name in routing.teacher_ids if name not in failed):
-                rows = current.rows_of(name)
-                known = asked.get(name)
-                if known is not None and bool(torch.isin(rows, known).all()):
-                    said[name] = _restricted(said[name], rollouts, rows)
-                else:
-                    try:
-                        said[name] = pool.ask(name, rollouts, current, support=support, k=k)
-                        check_alive(said[name], rollouts)
-                    except (DeadTeacherError, TeacherUnavailableError):
-                        if name == self.policy.expert:
-                            raise
-                        self.lost[name] = self.lost.get(name, 0) + len(rows)
-                        failed.append(name)
-                        current, settled = self.policy.reroute(routing, failed), False
-                        # begin anew at once: whoever comes later is asked about the rows it gained in the same call
-                        break
-                asked[name] = rows
-        entries = (said.get(name) for name in routing.teacher_ids if name not in failed)
+        current, new = routing, routing.weights > 0
+        while bool(new.any()):
+            asked = replace(current, weights=new.to(routing.weights.dtype))
+            lost = []
+            for name, answer in pool.each(rollouts, asked, support=support, k=k):
+                try:
+                    whole = joined(said[name], answer_of(answer)) if name in said else answer_of(answer)
+                    check_alive(whole, rollouts)
+                    said[name] = whole
+                except (DeadTeacherError, TeacherUnavailableError) as error:
+                    self._lose(name, len(current.rows_of(name)), error)
+                    lost.append(name)
+            known, failed = current.weights > 0, failed + lost
+            current = self.policy.reroute(routing, failed) if lost else current
+            # whoever gained rows is asked about those alone
+            new = (current.weights > 0) & ~known
+        if isinstance(pool, ReusingTeachers) and pool.keeps(rollouts, support, k):
+            pool.forget()
+        entries = (
+            _restricted(said[name], rollouts, current.rows_of(name))
+            for name in routing.teacher_ids
+            if name in said and name not in failed
+        )
         found = tuple(entry for entry in entries if entry is not None)
         return Evidence(teachers=found, num_tokens=rollouts.num_tokens), current
+
+    def ask(self, teachers: ReusingTeachers, rollouts: RolloutBatch, routing: Routing) -> Evidence:
+        """Lets a router hear the teachers before it decides; one that fails says nothing, and its rows count as lost.
+
+        The router then decides among the others: there is no routing yet that the policy could change.
+
+        Returns:
+            The logprobs of the written tokens.
+
+        Raises:
+            DeadTeacherError: A teacher is dead and the policy is `stop`, or it is the expert to fall back to.
+            TeacherUnavailableError: Likewise for one that does not answer.
+            MoteachError: As `TeacherPool.score`.
+        """
+        if self.policy.action == "stop":
+            return teachers.ask(rollouts, routing)
+        entries = []
+        for name, answer in teachers.hear(rollouts, routing):
+            try:
+                check_alive(answer_of(answer), rollouts)
+                entries.append(answer_of(answer))
+            except (DeadTeacherError, TeacherUnavailableError) as error:
+                self._lose(name, len(routing.rows_of(name)), error)
+        return teachers.sampled(entries, rollouts)
+
+    def _lose(self, name: str, rows: int, error: DeadTeacherError | TeacherUnavailableError) -> None:
+        """Counts the rows of a teacher that failed; nobody is left to take those of the expert to fall back to."""
+        if name == self.policy.expert:
+            raise error
+        self.lost[name] = self.lost.get(name, 0) + rows
 
     def metrics(self, teacher_ids: Sequence[str]) -> dict[str, float]:
         """Returns `teacher_failures/<teacher>`, rows it failed to grade, and counts anew; under `stop` there is none.
@@ -233,20 +263,8 @@ def _contexts(said: TeacherEvidence, rollouts: RolloutBatch) -> int:
     return len(set(before[said.tokens.cpu()].tolist()))
 
 
-def _restricted(said: TeacherEvidence | None, rollouts: RolloutBatch, rows: Tensor) -> TeacherEvidence | None:
+def _restricted(said: TeacherEvidence, rollouts: RolloutBatch, rows: Tensor) -> TeacherEvidence | None:
     """Keeps what was said about these rows, in the numbering of the whole batch."""
-    if said is None:
-        return None
     mine = torch.isin(rollouts.token_rows[said.tokens], rows)
-    if bool(mine.all()):
-        return said
-    if not bool(mine.any()) and not said.partial:
-        return None
-    return replace(
-        said,
-        tokens=said.tokens[mine],
-        hidden=None if said.hidden is None else said.hidden[mine],
-        topk_ids=None if said.topk_ids is None else said.topk_ids[mine],
-        topk_logprobs=None if said.topk_logprobs is None else said.topk_logprobs[mine],
-        sampled_logprobs=None if said.sampled_logprobs is None else said.sampled_logprobs[mine],
-    )
+    heard = bool(mine.any()) or said.partial
+    return taken(said, mine.nonzero(as_tuple=True)[0]) if heard else None

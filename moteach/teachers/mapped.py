@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -115,6 +115,7 @@ class MappedStore:
     memory: int
     device: str = "cpu"
     residency: Residency = field(init=False)
+    _keys: dict[_Key, _Key] = field(init=False, default_factory=dict)
     _experts: dict[_Key, _Expert] = field(init=False, default_factory=dict)
     _frames: dict[str, _Frame] = field(init=False, default_factory=dict)
 
@@ -131,7 +132,7 @@ class MappedStore:
             DeadTeacherError: Its logits are not finite.
             IncompatibleTeacherError: Its logits cannot be rebuilt from its hidden states.
         """
-        key = _key(path, revision, dtype)
+        key = self._key(path, revision, dtype)
         expert = self._expert(key, name=path)
         tensors = self.residency.get(("model", key), expert.load, nbytes=expert.nbytes)
         if expert.frame.owner != key:
@@ -141,14 +142,14 @@ class MappedStore:
 
     def prefetch(self, path: str, *, revision: str | None = None, dtype: str = "float32") -> None:
         """Begins to bring an expert back in the background, when the budget has room for it beside the one in use."""
-        key = _key(path, revision, dtype)
+        key = self._key(path, revision, dtype)
         expert = self._experts.get(key)
         if expert is not None and expert.nbytes >= _WORTH_A_THREAD:
             self.residency.prefetch(("model", key), expert.load, nbytes=expert.nbytes)
 
     def lend(self, path: str, *, revision: str | None, dtype: str, rows: int) -> Callable[[], Head]:
         """Returns a function that brings the head of an expert, cut to its first `rows`, whenever it is called."""
-        return partial(self._head, _key(path, revision, dtype), rows)
+        return partial(self._head, self._key(path, revision, dtype), rows)
 
     def _head(self, key: _Key, rows: int) -> Head:
         expert = self._experts[key]
@@ -201,24 +202,28 @@ class MappedStore:
         folder = Path(resolve_location(path))
         views = _views(folder, owned) if folder.is_dir() else None
         if views is not None:
-            again = _read_mapped(views, self.device)
+            whole = _Plan.of(views)
+            again = whole.read(self.device)
             if all(torch.equal(again[name], tensor) for name, tensor in owned.items()):
-                head = {name: view for name, view in views.items() if name in of_head}
-                return partial(_read_mapped, views, self.device), partial(_read_mapped, head, self.device)
-        whole = partial(_read_whole, path, revision, dtype, self.device)
-        return partial(whole, frozenset(owned)), partial(whole, of_head)
+                head = _Plan.of({name: view for name, view in views.items() if name in of_head})
+                return partial(whole.read, self.device), partial(head.read, self.device)
+        afresh = partial(_read_whole, path, revision, dtype, self.device)
+        return partial(afresh, frozenset(owned)), partial(afresh, of_head)
+
+    def _key(self, path: str, revision: str | None, dtype: str) -> _Key:
+        """Tells experts apart by resolved path, revision and precision; a path is resolved once."""
+        named = (path, revision, dtype)
+        if named not in self._keys:
+            folder = Path(path)
+            local = folder.is_dir()
+            self._keys[named] = (str(folder.resolve()) if local else path, None if local else revision, dtype)
+        return self._keys[named]
 
     def _give_up(self, kept: tuple[str, _Key]) -> None:
         kind, key = kept
         frame = self._experts[key].frame
         if kind == "model" and frame.owner == key:
             frame.empty()
-
-
-def _key(path: str, revision: str | None, dtype: str) -> _Key:
-    folder = Path(path)
-    local = folder.is_dir()
-    return (str(folder.resolve()) if local else path, None if local else revision, dtype)
 
 
 def _architecture(model: Any, dtype: str) -> str:
@@ -272,22 +277,41 @@ def _views(folder: Path, owned: Mapping[str, Tensor]) -> dict[str, _View] | None
     return found
 
 
-def _read_mapped(views: Mapping[str, _View], device: str) -> Mapping[str, Tensor]:
-    """Maps the tensors and touches the pages of large ones, so that a background thread has waited for the disk."""
-    files = {
-        file: torch.UntypedStorage.from_file(file, shared=False, nbytes=Path(file).stat().st_size)
-        for file in {view.file for view in views.values()}
-    }
-    found: dict[_View, Tensor] = {}
-    for view in views.values():
-        if view not in found:
+@dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """How tensors are read from mapped files; worked out once, for it is carried out in every step."""
+
+    files: Mapping[str, int]
+    """Bytes of each file."""
+    parts: Sequence[tuple[_View, tuple[int, ...], tuple[str, ...]]]
+    """Each view, its strides, and the names that share it."""
+
+    @classmethod
+    def of(cls, views: Mapping[str, _View]) -> _Plan:
+        """Joins the names of tied tensors."""
+        names: dict[_View, list[str]] = {}
+        for name, view in views.items():
+            names.setdefault(view, []).append(name)
+        parts = []
+        for view, shared in names.items():
+            strides = tuple(math.prod(view.shape[place + 1 :]) for place in range(len(view.shape)))
+            parts.append((view, strides, tuple(shared)))
+        return cls(files={view.file: Path(view.file).stat().st_size for view in names}, parts=parts)
+
+    def read(self, device: str) -> Mapping[str, Tensor]:
+        """Maps the tensors and touches the pages of large ones, so that a background thread has waited for the disk."""
+        files = {
+            file: torch.UntypedStorage.from_file(file, shared=False, nbytes=nbytes)
+            for file, nbytes in self.files.items()
+        }
+        found: dict[str, Tensor] = {}
+        for view, strides, names in self.parts:
             tensor = torch.empty(0, dtype=view.saved)
-            strides = [math.prod(view.shape[place + 1 :]) for place in range(len(view.shape))]
             tensor.set_(files[view.file], view.first, view.shape, strides)  # type: ignore[arg-type, unused-ignore]
-            found[view] = tensor.to(device=device, dtype=view.wanted)
             if tensor.nbytes > _LARGE:
                 tensor.view(-1).view(torch.uint8)[::_PAGE].sum()
-    return {name: found[view] for name, view in views.items()}
+            found |= dict.fromkeys(names, tensor.to(device=device, dtype=view.wanted))
+        return found
 
 
 def _read_whole(

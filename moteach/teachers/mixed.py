@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from moteach.catalogue.modeling import body_and_head
+from moteach.errors import DeadTeacherError
 from moteach.teachers.base import Teacher
 from moteach.teachers.lora import LoRATeacher
 from moteach.teachers.scoring import check_request, evidence_of, fitted, packed_hidden
@@ -33,7 +35,8 @@ def score_mixed(
         k: See `Teacher.score`.
 
     Returns:
-        What each teacher said about its own rows, as `Teacher.score` would; teachers that share no base are not in it.
+        What each teacher said about its own rows, as `Teacher.score` would; teachers that share no base are not in it, nor
+        those that are dead, which say so when they are asked alone.
     """
     groups: dict[tuple[Any, ...], list[tuple[LoRATeacher, list[int]]]] = {}
     for teacher, rows in asked:
@@ -42,8 +45,17 @@ def score_mixed(
     found: dict[str, TeacherEvidence] = {}
     for group in groups.values():
         if len(group) > 1:
-            found |= _score_group(group, rollouts, support=support, k=k)
+            opened = [entry for entry in group if _opens(entry[0])]
+            found |= _score_group(opened, rollouts, support=support, k=k) if len(opened) > 1 else {}
     return found
+
+
+def _opens(teacher: LoRATeacher) -> bool:
+    """Checks the head of an adapter on its first use."""
+    try:
+        return teacher.model is not None
+    except DeadTeacherError:
+        return False
 
 
 def _score_group(
@@ -51,8 +63,6 @@ def _score_group(
 ) -> dict[str, TeacherEvidence]:
     for teacher, _ in group:
         check_request(teacher.teacher_id, support, k)
-        # checks the head of each adapter on its first use
-        assert teacher.model is not None
     opened = group[0][0].with_others([teacher for teacher, _ in group])
     if opened is None:
         return {}
@@ -86,7 +96,8 @@ def _score_group(
         own = hidden[start : start + part.num_tokens]
         start += part.num_tokens
         fit = fitted(head, teacher.vocab_size, teacher.teacher_id)
-        found[teacher.teacher_id] = evidence_of(
-            own, fit, part, teacher_id=teacher.teacher_id, support=support, k=k, chunk_size=teacher.chunk_size
-        )
+        with suppress(DeadTeacherError):
+            found[teacher.teacher_id] = evidence_of(
+                own, fit, part, teacher_id=teacher.teacher_id, support=support, k=k, chunk_size=teacher.chunk_size
+            )
     return found

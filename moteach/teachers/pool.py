@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -11,8 +11,16 @@ from jaxtyping import Int
 from torch import Tensor
 
 from moteach.catalogue.spec import ExpertSpec
-from moteach.errors import ConfigError, RoutingError, UnknownChoiceError, UnsupportedCombinationError, nearest
-from moteach.teachers.base import Teacher
+from moteach.errors import (
+    ConfigError,
+    DeadTeacherError,
+    RoutingError,
+    TeacherUnavailableError,
+    UnknownChoiceError,
+    UnsupportedCombinationError,
+    nearest,
+)
+from moteach.teachers.base import Answer, Teacher, answer_of
 from moteach.teachers.hf import HFTeacher
 from moteach.teachers.lora import AdapterStore, LoRATeacher
 from moteach.teachers.mapped import MappedStore
@@ -60,16 +68,15 @@ class TeacherPool:
         *,
         max_tokens_per_forward: int = 16384,
         vocab_size: int | None = None,
-        max_resident: int | None = None,
+        store: ModelStore | MappedStore | None = None,
         device: str = "cpu",
-        memory: int | None = None,
         hidden_dtype: torch.dtype | None = None,
         served: Mapping[str, Any] | None = None,
         wraps: Mapping[str, Callable[[Any], Any]] | None = None,
         contexts: Mapping[str, Callable[[Any], Any]] | None = None,
     ) -> TeacherPool:
         """Builds the pool of a run's experts with the checkpoints they were trained from, see `build_teachers`."""
-        store = store_of(max_resident=max_resident, memory=memory, device=device)
+        store = ModelStore(device=device) if store is None else store
         specs = list(experts.values())
         return cls(
             build_teachers(
@@ -140,6 +147,17 @@ class TeacherPool:
             UnsupportedCombinationError: A teacher does not offer the support.
             DeadTeacherError: Scores are not finite.
         """
+        answers = self.each(rollouts, routing, support=support, k=k)
+        return Evidence(teachers=tuple(answer_of(said) for _, said in answers), num_tokens=rollouts.num_tokens)
+
+    def each(
+        self, rollouts: RolloutBatch, routing: Routing, *, support: Support, k: int | None = None
+    ) -> Iterator[tuple[str, Answer]]:
+        """Asks as `score` does and hands over one answer after the other: evidence, or the error of a teacher that failed.
+
+        Raises:
+            MoteachError: As `score`, for what is not the failure of one teacher.
+        """
         check_rows(rollouts, routing)
         asked = []
         token_rows = rollouts.token_rows
@@ -149,24 +167,17 @@ class TeacherPool:
             if len(tokens):
                 asked.append((self.get(teacher_id), rows, tokens))
         ready = score_mixed([(teacher, rows) for teacher, rows, _ in asked], rollouts, support=support, k=k)
-        found = []
         for place, (teacher, rows, tokens) in enumerate(asked):
             following = asked[place + 1][0] if place + 1 < len(asked) else None
             if following is not None and hasattr(following, "prepare"):
                 following.prepare()
-            part = rollouts.select(rows.tolist())
-            found.append(self._ask(teacher, part, tokens, support, k, ready.get(teacher.teacher_id)))
-        return Evidence(teachers=tuple(found), num_tokens=rollouts.num_tokens)
-
-    def ask(
-        self, teacher_id: str, rollouts: RolloutBatch, routing: Routing, *, support: Support, k: int | None = None
-    ) -> TeacherEvidence | None:
-        """Asks one teacher about the rows it was given; None when they hold no trained token. Raises as `score` does."""
-        rows = routing.rows_of(teacher_id)
-        tokens = torch.isin(rollouts.token_rows, rows).nonzero(as_tuple=True)[0]
-        if not len(tokens):
-            return None
-        return self._ask(self.get(teacher_id), rollouts.select(rows.tolist()), tokens, support, k)
+            answer: Answer
+            try:
+                part = rollouts.select(rows.tolist())
+                answer = self._ask(teacher, part, tokens, support, k, ready.pop(teacher.teacher_id, None))
+            except (DeadTeacherError, TeacherUnavailableError) as error:
+                answer = error
+            yield teacher.teacher_id, answer
 
     def score_references(
         self, rollouts: RolloutBatch, routing: Routing, *, support: Support, k: int | None = None
@@ -202,11 +213,9 @@ class TeacherPool:
         return dataclasses.replace(said, teacher_id=teacher.teacher_id, tokens=tokens[said.tokens], hidden=hidden)
 
 
-def store_of(*, max_resident: int | None, memory: int | None, device: str) -> ModelStore | MappedStore:
-    """Makes the store of whole models: mapped files within a budget of bytes, or loaded ones, `max_resident` at most."""
-    if memory is not None:
-        return MappedStore(memory=memory, device=device)
-    return ModelStore(max_resident=max_resident, device=device)
+def store_of(memory: int | None, *, device: str = "cpu") -> ModelStore | MappedStore:
+    """Makes the store of whole models: mapped files within a budget of bytes, or all of them loaded without one."""
+    return ModelStore(device=device) if memory is None else MappedStore(memory=memory, device=device)
 
 
 def check_rows(rollouts: RolloutBatch, routing: Routing) -> None:
@@ -230,10 +239,8 @@ def build_teachers(
     max_tokens_per_forward: int = 16384,
     chunk_size: int = 1024,
     vocab_size: int | None = None,
-    max_resident: int | None = None,
     store: ModelStore | MappedStore | None = None,
     device: str = "cpu",
-    memory: int | None = None,
     served: Mapping[str, Any] | None = None,
     wraps: Mapping[str, Callable[[Any], Any]] | None = None,
     contexts: Mapping[str, Callable[[Any], Any]] | None = None,
@@ -245,10 +252,8 @@ def build_teachers(
         max_tokens_per_forward: Padded tokens in one teacher forward.
         chunk_size: Tokens whose logits exist at once.
         vocab_size: Size of the student's head, see `HFTeacher`.
-        max_resident: How many whole models stay loaded; None keeps all.
-        store: Where whole models are kept, instead of a store of their own with `max_resident` places.
-        device: A torch device, or `auto`.
-        memory: Most bytes of whole models at once, see `MappedStore`; None keeps them loaded.
+        store: Where whole models are kept, see `store_of`; None keeps all of them loaded.
+        device: Where adapters' bases live, and whole models without a `store`: a torch device, or `auto`.
         served: Further arguments of `VLLMTeacher`, for experts with a `url`.
         wraps: What is put around the teachers of these names, which keep a vocabulary of their own.
         contexts: What is put around the teachers of these names, which read more than the student.
@@ -256,7 +261,7 @@ def build_teachers(
     Raises:
         ConfigError: A size is not positive, or a server's host is not allowed.
     """
-    models = store_of(max_resident=max_resident, memory=memory, device=device) if store is None else store
+    models = ModelStore(device=device) if store is None else store
     adapters = AdapterStore(device=device)
     wraps = wraps or {}
     student_size = vocab_size

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool
 from torch import Tensor
 
 from moteach.divergences.logprobs import chunked_token_logprobs
 from moteach.divergences.plan import full_evidence
-from moteach.teachers.base import Teacher
+from moteach.teachers.base import Answer, Teacher, answer_of
+from moteach.teachers.joining import joined, taken
 from moteach.teachers.pool import TeacherPool
 from moteach.teachers.references import References
 from moteach.types import Evidence, RolloutBatch, Routing, Support, TeacherEvidence
@@ -57,10 +59,25 @@ class ReusingTeachers:
         Raises:
             MoteachError: As `TeacherPool.score`.
         """
+        entries = [answer_of(said) for _, said in self.hear(rollouts, routing)]
+        return self.sampled(entries, rollouts)
+
+    def hear(self, rollouts: RolloutBatch, routing: Routing) -> Iterator[tuple[str, Answer]]:
+        """Asks as `each` does, in the support of the run, and keeps the answers for `score` with the same batch."""
         if self._rollouts is not rollouts:
-            self._rollouts, self._asked, self._said = rollouts, {}, {}
-        found = self._known(rollouts, routing)
-        return replace(found, teachers=tuple(self._sampled(entry, rollouts) for entry in found.teachers))
+            self.forget()
+            self._rollouts = rollouts
+        return self.each(rollouts, routing, support=self.support, k=self.k)
+
+    def sampled(self, entries: Sequence[TeacherEvidence], rollouts: RolloutBatch) -> Evidence:
+        """Returns the logprobs of the written tokens alone."""
+        return Evidence(
+            teachers=tuple(self._sampled(entry, rollouts) for entry in entries), num_tokens=rollouts.num_tokens
+        )
+
+    def forget(self) -> None:
+        """Lets go of what was said: hidden states of every teacher are large, and a step needs those of its routes alone."""
+        self._rollouts, self._asked, self._said = None, {}, {}
 
     def score(self, rollouts: RolloutBatch, routing: Routing, *, support: Support, k: int | None = None) -> Evidence:
         """Scores as `TeacherPool.score`, asking only about what was not asked before; then forgets.
@@ -68,12 +85,11 @@ class ReusingTeachers:
         Raises:
             MoteachError: As `TeacherPool.score`.
         """
-        if self._rollouts is not rollouts or (support, k) != (self.support, self.k):
-            return self.pool.score(rollouts, routing, support=support, k=k)
-        found = self._known(rollouts, routing)
-        # Hidden states of every teacher are large; the step needs those of its own routes alone.
-        self._rollouts, self._asked, self._said = None, {}, {}
-        return found
+        kept = self.keeps(rollouts, support, k)
+        entries = tuple(answer_of(said) for _, said in self.each(rollouts, routing, support=support, k=k))
+        if kept:
+            self.forget()
+        return Evidence(teachers=entries, num_tokens=rollouts.num_tokens)
 
     @property
     def references(self) -> References:
@@ -86,28 +102,37 @@ class ReusingTeachers:
         """Asks the checkpoint each teacher was trained from, see `TeacherPool.score_references`."""
         return self.pool.score_references(rollouts, routing, support=support, k=k)
 
-    def _known(self, rollouts: RolloutBatch, routing: Routing) -> Evidence:
-        """Asks about the rows that are new, and returns the evidence about all rows of `routing`."""
+    def each(
+        self, rollouts: RolloutBatch, routing: Routing, *, support: Support, k: int | None = None
+    ) -> Iterator[tuple[str, Answer]]:
+        """Answers as `TeacherPool.each`, asking only about what was not asked before; a failure is not kept."""
+        if not self.keeps(rollouts, support, k):
+            yield from self.pool.each(rollouts, routing, support=support, k=k)
+            return
         wanted = routing.weights > 0
         new = wanted.clone()
         for column, name in enumerate(routing.teacher_ids):
             if name in self._asked:
                 new[:, column] &= ~self._asked[name]
-        fresh = self.pool.score(
-            rollouts, replace(routing, weights=new.to(routing.weights.dtype)), support=self.support, k=self.k
-        )
+        fresh = replace(routing, weights=new.to(routing.weights.dtype))
+        answers = dict(self.pool.each(rollouts, fresh, support=support, k=k))
         for column, name in enumerate(routing.teacher_ids):
-            self._asked[name] = new[:, column] | self._asked.get(name, torch.zeros(len(rollouts), dtype=torch.bool))
-            entry, before = fresh.of(name), self._said.get(name)
-            if entry is not None:
-                self._said[name] = entry if before is None else _joined(before, entry)
-        entries = []
-        for column, name in enumerate(routing.teacher_ids):
+            answer = answers.get(name)
+            if answer is not None and not isinstance(answer, TeacherEvidence):
+                yield name, answer
+                continue
+            asked = self._asked.get(name, torch.zeros(len(rollouts), dtype=torch.bool))
+            self._asked[name] = new[:, column] | asked
+            if answer is not None:
+                self._said[name] = joined(self._said[name], answer) if name in self._said else answer
             if name in self._said:
                 mine = wanted[rollouts.token_rows[self._said[name].tokens], column]
                 if bool(mine.any()) or self._said[name].partial:
-                    entries.append(_taken(self._said[name], mine.nonzero(as_tuple=True)[0]))
-        return Evidence(teachers=tuple(entries), num_tokens=rollouts.num_tokens)
+                    yield name, taken(self._said[name], mine.nonzero(as_tuple=True)[0])
+
+    def keeps(self, rollouts: RolloutBatch, support: Support, k: int | None) -> bool:
+        """Whether answers to this question are kept until `score` or `forget`."""
+        return self._rollouts is rollouts and (support, k) == (self.support, self.k)
 
     @torch.no_grad()
     def _sampled(self, entry: TeacherEvidence, rollouts: RolloutBatch) -> TeacherEvidence:
@@ -123,35 +148,3 @@ class ReusingTeachers:
             sampled_logprobs=logprobs,
             partial=entry.partial,
         )
-
-
-def _taken(entry: TeacherEvidence, places: Int[Tensor, " kept"]) -> TeacherEvidence:
-    """The same evidence at these places of its own axis."""
-    if len(places) == len(entry.tokens) and bool((places == torch.arange(len(places))).all()):
-        return entry
-    return replace(
-        entry,
-        tokens=entry.tokens[places],
-        hidden=None if entry.hidden is None else entry.hidden[places],
-        topk_ids=None if entry.topk_ids is None else entry.topk_ids[places],
-        topk_logprobs=None if entry.topk_logprobs is None else entry.topk_logprobs[places],
-        sampled_logprobs=None if entry.sampled_logprobs is None else entry.sampled_logprobs[places],
-    )
-
-
-def _joined(first: TeacherEvidence, second: TeacherEvidence) -> TeacherEvidence:
-    """Two answers of one teacher about different tokens as one, tokens ascending."""
-
-    def both(one: Tensor | None, other: Tensor | None) -> Tensor | None:
-        return None if one is None or other is None else torch.cat([one, other])
-
-    tokens = torch.cat([first.tokens, second.tokens])
-    joined = replace(
-        first,
-        tokens=tokens,
-        hidden=both(first.hidden, second.hidden),
-        topk_ids=both(first.topk_ids, second.topk_ids),
-        topk_logprobs=both(first.topk_logprobs, second.topk_logprobs),
-        sampled_logprobs=both(first.sampled_logprobs, second.sampled_logprobs),
-    )
-    return _taken(joined, tokens.argsort())

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from integration_runs import command, environment, metrics, moteach, rows, snapshot, student_bytes, train
+from integration_runs import command, environment, metrics, rows, snapshot, student_bytes, train
 
 from moteach.cli.main import main
 from moteach.testing import TinyWorld, tiny_model, write_tiny_world
 from moteach.trainer import Trainer
 
-EVERY, STEPS = 8, 40
+EVERY, STEPS = 8, 24
 TIMINGS = ("time/", "step_time")
 
 
@@ -69,9 +69,7 @@ def test_run_killed_three_times_ends_bitwise_as_the_uninterrupted_one(world: Tin
     longer = [f"max_steps={STEPS}", f"checkpoint.every_steps={EVERY}", "rollout.max_new_tokens=24"]
     arguments = [*world.overrides, *longer]
     reference, run = tmp_path / "reference", tmp_path / "run"
-    whole = subprocess.Popen(
-        command("train", *arguments, f"run_dir={reference}"), cwd=tmp_path, env=environment(), stdout=subprocess.DEVNULL
-    )
+    train(reference, *arguments)
     same = [*arguments, f"run_dir={run}"]
 
     # Right after a step was logged comes the generation of the next one; there is no checkpoint to go back to.
@@ -86,9 +84,7 @@ def test_run_killed_three_times_ends_bitwise_as_the_uninterrupted_one(world: Tin
     killed_when(same, tmp_path, lambda: bool(half_written(run)))
     assert half_written(run) == [steps_logged(run)] == [checkpoints(run)[-1] + EVERY]
 
-    assert whole.wait(timeout=120) == 0
-    last = moteach("train", *same, cwd=tmp_path)
-    assert last.returncode == 0, last.stderr
+    train(run, *arguments)
     assert student_bytes(run) == student_bytes(reference)
     assert [line["step"] for line in metrics(run)] == list(range(1, STEPS + 1))
     assert untimed(run) == untimed(reference)

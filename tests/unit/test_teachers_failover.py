@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import math
 import pickle
+from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import pytest
@@ -11,6 +13,7 @@ from torch import Tensor
 from moteach.errors import ConfigError, DeadTeacherError, TeacherUnavailableError, UnsupportedCombinationError
 from moteach.teachers.failover import Failover, FailurePolicy, check_alive
 from moteach.teachers.pool import TeacherPool
+from moteach.teachers.reuse import ReusingTeachers
 from moteach.types import Head, Prompt, Rollout, RolloutBatch, Routing, Support, TeacherEvidence
 
 VOCAB, HIDDEN = 11, 6
@@ -162,13 +165,13 @@ def test_only_teachers_that_gain_rows_are_asked_again() -> None:
     of("fallback:gamma").score(TeacherPool(list(teachers.values())), batch(), routing(), support="full")
     assert teachers["alpha"].asked == [["p0", "p2"]]
     assert teachers["beta"].asked == [["p1", "p2", "p3"]]
-    assert teachers["gamma"].asked == [["p1", "p2", "p3", "p5"]]
+    assert teachers["gamma"].asked == [["p3", "p5"], ["p1", "p2"]], "a row is scored once"
 
 
-def test_an_expert_that_gained_rows_late_is_asked_about_all_of_them() -> None:
+def test_an_expert_that_gained_rows_is_asked_about_those_alone() -> None:
     teachers = {name: Scorer(name, "nan" if name == "beta" else "alive") for name in NAMES}
     of("fallback:alpha").score(TeacherPool(list(teachers.values())), batch(), routing(), support="full")
-    assert teachers["alpha"].asked == [["p0", "p2"], ["p0", "p1", "p2", "p3"]]
+    assert teachers["alpha"].asked == [["p0", "p2"], ["p1", "p3"]]
 
 
 def test_two_bad_teachers_are_both_counted_and_what_is_left_abstains() -> None:
@@ -187,6 +190,58 @@ def test_two_bad_teachers_are_both_counted_and_what_is_left_abstains() -> None:
 def test_a_fallback_that_fails_too_stops_the_run() -> None:
     with pytest.raises(DeadTeacherError, match="gamma"):
         of("fallback:gamma").score(pool(beta="down", gamma="frozen"), batch(), routing(), support="full")
+
+
+@pytest.mark.parametrize("asked", SUPPORTS, ids=lambda asked: asked["support"])
+@pytest.mark.parametrize("kind", BAD)
+def test_a_teacher_that_fails_while_a_router_asks_says_nothing_and_the_others_are_asked_once(
+    kind: Kind, asked: dict[str, Any]
+) -> None:
+    scorers = {name: Scorer(name, kind if name == "beta" else "alive") for name in NAMES}
+    teachers = ReusingTeachers(TeacherPool(list(scorers.values())), **asked)
+    rollouts, failover = batch(), of("renormalise")
+    heard = failover.ask(teachers, rollouts, routing())
+    assert [entry.teacher_id for entry in heard.teachers] == ["alpha", "gamma"]
+    assert {entry.support for entry in heard.teachers} == {"sampled"}
+    chosen = replace(routing(), weights=torch.tensor(EXPECTED["renormalise"], dtype=torch.float32))
+    found, after = failover.score(teachers, rollouts, chosen, **asked)
+    assert torch.equal(after.weights, chosen.weights)
+    for mine, theirs in zip(found.teachers, pool().score(rollouts, chosen, **asked).teachers, strict=True):
+        assert torch.equal(mine.tokens, theirs.tokens)
+        for name in ("hidden", "topk_logprobs", "sampled_logprobs"):
+            left, right = getattr(mine, name), getattr(theirs, name)
+            assert left is right is None or torch.equal(left, right)
+    assert scorers["alpha"].asked == [["p0", "p2"]]
+    assert scorers["gamma"].asked == [["p3", "p5"]]
+    assert failover.metrics(NAMES)["teacher_failures/beta"] == 3
+
+
+def test_the_next_teacher_is_prepared_while_one_scores_whatever_the_policy() -> None:
+    for policy in ("stop", "drop"):
+        scorers, prepared = [Scorer(name) for name in NAMES], []
+        for scorer in scorers:
+            scorer.prepare = partial(prepared.append, scorer.teacher_id)  # type: ignore[attr-defined]
+        of(policy).score(TeacherPool(scorers), batch(), routing(), support="full")
+        assert prepared == ["beta", "gamma"]
+
+
+def test_a_fallback_that_fails_while_a_router_asks_stops_the_run_and_so_does_anyone_without_a_policy() -> None:
+    for policy, kinds in (("fallback:gamma", {"gamma": "nan"}), ("stop", {"beta": "down"})):
+        teachers = ReusingTeachers(pool(**kinds), support="full")  # type: ignore[arg-type]
+        with pytest.raises((DeadTeacherError, TeacherUnavailableError)):
+            of(policy).ask(teachers, batch(), routing())
+
+
+def test_what_a_router_heard_is_not_asked_again_when_a_teacher_dies_in_between() -> None:
+    scorers = {name: Scorer(name) for name in NAMES}
+    teachers = ReusingTeachers(TeacherPool(list(scorers.values())), support="full")
+    rollouts, failover = batch(), of("fallback:gamma")
+    failover.ask(teachers, rollouts, replace(routing(), weights=torch.tensor([[1.0, 0.0, 1.0]] * len(WEIGHTS))))
+    scorers["beta"].kind = "down"
+    _, after = failover.score(teachers, rollouts, routing(), support="full")
+    assert after.weights.tolist() == EXPECTED["fallback:gamma"]
+    everything = [f"p{row}" for row in range(len(WEIGHTS))]
+    assert [scorers[name].asked for name in NAMES] == [[everything], [["p1", "p2", "p3"]], [everything]]
 
 
 def test_other_errors_are_not_failures_of_a_teacher() -> None:

@@ -1,16 +1,21 @@
 from __future__ import annotations
 
+import math
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from moteach.catalogue.spec import ExpertSpec
-from moteach.errors import ConfigError, MissingFileError
+from moteach.errors import ConfigError, DeadTeacherError, MissingFileError
+from moteach.teachers.failover import Failover, FailurePolicy
 from moteach.teachers.lora import AdapterStore, LoRATeacher
 from moteach.teachers.pool import TeacherPool, build_teachers
 from moteach.testing import tiny_model
-from moteach.types import Prompt, Rollout, RolloutBatch, Routing, Support
+from moteach.types import Prompt, Rollout, RolloutBatch, Routing, Support, TeacherEvidence
 
 peft = pytest.importorskip("peft")
 
@@ -151,6 +156,48 @@ def test_rows_of_several_adapters_in_one_forward_say_what_one_after_the_other_sa
         assert entry is not None
         other = merged_logprobs(adapters, "code", batch)[entry.tokens]
         assert (entry.sampled_logprobs - other).abs().max() > 0.1, "the other adapter would have said something else"
+
+
+def three(folder: Path) -> tuple[TeacherPool, Routing]:
+    """A pool of two good adapters and a broken one, and a routing that gives each of them a row."""
+    state = load_file(folder / "math" / "adapter_model.safetensors")
+    shutil.copytree(folder / "math", folder / "broken", dirs_exist_ok=True)
+    save_file({name: tensor * math.nan for name, tensor in state.items()}, folder / "broken/adapter_model.safetensors")
+    names = ("broken", "math", "code")
+    specs = {name: ExpertSpec(name=name, adapter=str(folder / name), base=str(folder / "base")) for name in names}
+    routing = Routing(
+        teacher_ids=names,
+        prompt_ids=("p0", "p1", "p2"),
+        weights=torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 1.0], [0.5, 0.25, 0.25]]),
+        confidence=torch.ones(3),
+        abstained=torch.zeros(3, dtype=torch.bool),
+    )
+    return TeacherPool.from_experts(specs), routing
+
+
+def test_a_broken_adapter_is_taken_out_and_the_others_still_share_one_forward(
+    adapters: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool, routing = three(adapters)
+    real, alone = LoRATeacher.score, []
+
+    def score(self: LoRATeacher, *args: Any, **named: Any) -> TeacherEvidence:
+        alone.append(self.teacher_id)
+        return real(self, *args, **named)
+
+    monkeypatch.setattr(LoRATeacher, "score", score)
+    failover = Failover(policy=FailurePolicy(action="renormalise"))
+    evidence, after = failover.score(pool, rollouts(), routing, support="sampled")
+    assert alone == ["broken"]
+    assert after.weights.tolist() == [[0, 1, 0], [0, 0, 1], [0, 0.5, 0.5]]
+    assert failover.lost == {"broken": 1}
+    expected = {name: merged_logprobs(adapters, name, rollouts()) for name in ("math", "code")}
+    for entry in evidence.teachers:
+        torch.testing.assert_close(
+            entry.sampled_logprobs, expected[entry.teacher_id][entry.tokens], rtol=1e-3, atol=1e-3
+        )
+    with pytest.raises(DeadTeacherError, match="broken"):
+        Failover().score(pool, rollouts(), routing, support="sampled")
 
 
 def test_an_adapter_with_a_head_of_its_own_is_asked_alone(adapters: Path) -> None:

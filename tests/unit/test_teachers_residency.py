@@ -15,7 +15,7 @@ from moteach.divergences.chunked import chunked_divergence
 from moteach.divergences.full import ReverseKL
 from moteach.errors import ConfigError
 from moteach.teachers.mapped import MappedStore
-from moteach.teachers.pool import TeacherPool
+from moteach.teachers.pool import TeacherPool, store_of
 from moteach.teachers.residency import Residency, parse_bytes
 from moteach.testing import tiny_model
 from moteach.types import Evidence, Head, Prompt, Rollout, RolloutBatch, Routing
@@ -160,7 +160,9 @@ def test_scores_loss_and_gradient_are_bitwise_the_same_whatever_the_budget(
     experts: dict[str, ExpertSpec], budget: int
 ) -> None:
     rollouts, routing = batch()
-    kept, mapped = (TeacherPool.from_experts(experts, memory=memory) for memory in (None, budget * largest(experts)))
+    kept, mapped = (
+        TeacherPool.from_experts(experts, store=store_of(memory)) for memory in (None, budget * largest(experts))
+    )
     for _ in range(2):
         for support, k in (("sampled", None), ("topk", 5), ("full", None)):
             one = kept.score(rollouts, routing, support=support, k=k)

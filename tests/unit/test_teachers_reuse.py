@@ -1,16 +1,17 @@
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
+from moteach.teachers.base import Answer
 from moteach.teachers.pool import TeacherPool
 from moteach.teachers.reuse import ReusingTeachers
 from moteach.teachers.scoring import score_with
 from moteach.testing import tiny_model
-from moteach.types import Evidence, Prompt, Rollout, RolloutBatch, Routing, Support, TeacherEvidence
+from moteach.types import Prompt, Rollout, RolloutBatch, Routing, Support, TeacherEvidence
 
 LENGTHS = [(3, 5), (9, 1), (2, 4), (4, 7), (1, 6)]
 NAMES = ("math", "code")
@@ -22,12 +23,12 @@ class Counting:
     def __init__(self, pool: TeacherPool) -> None:
         self.pool = pool
         self.asked: list[tuple[str, int]] = []
-        self._score = pool.score
-        pool.score = self.score  # type: ignore[method-assign]
+        self._each = pool.each
+        pool.each = self.each  # type: ignore[method-assign]
 
-    def score(self, rollouts: RolloutBatch, routing: Routing, **more: Any) -> Evidence:
+    def each(self, rollouts: RolloutBatch, routing: Routing, **more: Any) -> Iterator[tuple[str, Answer]]:
         self.asked += [(name, row) for name in routing.teacher_ids for row in routing.rows_of(name).tolist()]
-        return self._score(rollouts, routing, **more)
+        return self._each(rollouts, routing, **more)
 
 
 def batch() -> RolloutBatch:
@@ -138,14 +139,13 @@ def test_another_batch_or_another_support_is_asked_anew() -> None:
 
 def test_a_teacher_that_did_not_answer_is_not_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
     kept = pool()
-    whole, asked = kept.score, []
+    whole, asked = kept.each, []
 
-    def failing(rollouts: RolloutBatch, given: Routing, **more: Any) -> Evidence:
+    def failing(rollouts: RolloutBatch, given: Routing, **more: Any) -> Iterator[tuple[str, Answer]]:
         asked.append(given.rows_of("code").tolist())
-        said = whole(rollouts, given, **more)
-        return replace(said, teachers=tuple(entry for entry in said.teachers if entry.teacher_id != "code"))
+        return (said for said in whole(rollouts, given, **more) if said[0] != "code")
 
-    monkeypatch.setattr(kept, "score", failing)
+    monkeypatch.setattr(kept, "each", failing)
     teachers = ReusingTeachers(kept, support="sampled")
     rollouts, both = batch(), routing([[0.5, 0.5]] * 5)
     assert teachers.ask(rollouts, both).of("code") is None
