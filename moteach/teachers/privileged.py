@@ -6,9 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from moteach.catalogue.selves import fields_of
 from moteach.catalogue.spec import ExpertSpec
-from moteach.data.base import USER_TEXT, domain_of, words_of
+from moteach.data.base import CONVERSATION, domain_of
 from moteach.data.encoding import encode_chat, encode_text
 from moteach.errors import ConfigError, DataError
 from moteach.teachers.base import Teacher
@@ -26,7 +28,7 @@ class PrivilegedTeacher:
     Args:
         inner: Who scores.
         context: Template of the prompt: `{prompt}` is what the user wrote, `{answer}` the reference answer (a worked solution
-            where the data has one). With a chat template it becomes the message of the user.
+            where the data has one). In a chat it is written into the last message of the user.
         tokenizer: The student's.
         longest: Most tokens of a row; None does not look.
     """
@@ -55,7 +57,13 @@ class PrivilegedTeacher:
         Raises:
             DataError: A prompt has no answer that could be shown, or the row is too long with the context.
         """
-        return self.inner.score(self.informed(rollouts), support=support, k=k)
+        informed = self.informed(rollouts)
+        if not torch.equal(informed.token_targets, rollouts.token_targets):
+            raise DataError(
+                f"teacher '{self.teacher_id}': expected rows that train their whole completion, got {rollouts.num_tokens} trained "
+                f"tokens of {informed.num_tokens}; its opinion would land on other tokens"
+            )
+        return self.inner.score(informed, support=support, k=k)
 
     def informed(self, rollouts: RolloutBatch) -> RolloutBatch:
         """The same completions after the longer prompts."""
@@ -86,11 +94,13 @@ class PrivilegedTeacher:
                 f"teacher '{self.teacher_id}': expected a reference answer of the prompt {prompt.prompt_id} to show, got none; "
                 "the teacher would know no more than the student. Add the column 'answer', or give it other domains"
             )
-        text = self.context.format(prompt=words_of(prompt), answer=answer)
-        if USER_TEXT in prompt.metadata:
-            text, ids = encode_chat([{"role": "user", "content": text}], self._tokenizer)
-        else:
-            text, ids = encode_text(text, self._tokenizer)
+        chat = [dict(message) for message in prompt.metadata.get(CONVERSATION) or ()]
+        if chat:
+            last = max(place for place, message in enumerate(chat) if message["role"] == "user")
+            chat[last]["content"] = self.context.format(prompt=chat[last]["content"], answer=answer)
+            text, ids = encode_chat(chat, self._tokenizer)
+            return replace(prompt, text=text, token_ids=ids, metadata={**prompt.metadata, CONVERSATION: chat})
+        text, ids = encode_text(self.context.format(prompt=prompt.text, answer=answer), self._tokenizer)
         return replace(prompt, text=text, token_ids=ids)
 
     @property

@@ -206,3 +206,18 @@ def test_cards_that_cannot_work_are_refused(text: str, message: str, tmp_path: P
     with pytest.raises(ExpertCardError) as error:
         read_card(path)
     assert message in str(error.value)
+
+
+def test_in_a_chat_the_context_is_written_into_the_last_message_of_the_user() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }};{% endfor %}a:"
+    said = [
+        {"role": "system", "content": "be brief"},
+        {"role": "user", "content": "1+1="},
+        {"role": "assistant", "content": "2"},
+        {"role": "user", "content": "2+2="},
+    ]
+    prompt = Prompt(prompt_id="c", text="", token_ids=(1,), answer="4", metadata={"conversation": said})
+    teacher = PrivilegedTeacher(live(student()), context="it is {answer}. {prompt}", tokenizer=tokenizer)
+    assert teacher.prompt(prompt).text == "s:be brief;u:1+1=;a:2;u:it is 4. 2+2=;a:"
+    assert said[-1]["content"] == "2+2=", "the prompt itself stays"
