@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,61 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from moteach.catalogue.modeling import body_and_head, check_head, hidden_states, load_causal_lm, load_tokenizer
-from moteach.errors import ConfigError
+from moteach.errors import ConfigError, MissingDependencyError
 from moteach.types import Head, LossOutput, RolloutBatch
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRA:
+    """A low-rank update of the student: W + (alpha / rank) B A, with B = 0 at the start (arXiv 2106.09685, section 4.1).
+
+    Raises:
+        ConfigError: A value is out of range.
+    """
+
+    rank: int
+    """Rows of A, at least 1."""
+    alpha: float | None = None
+    """Scale of the update times `rank`; None takes twice the rank."""
+    dropout: float = 0.0
+    """Of the input of A while training."""
+    targets: Sequence[str] | None = None
+    """Ends of the names of the linear layers that get one; None takes all but the head."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or not 0 <= self.dropout < 1 or (self.alpha is not None and not self.alpha > 0):
+            raise ConfigError(
+                "student.lora: expected rank >= 1, alpha > 0 and dropout in [0, 1), got "
+                f"{self.rank}, {self.alpha} and {self.dropout}; nothing would be learned"
+            )
+
+    def wrap(self, model: Any) -> Any:
+        """Puts the update into a model, in place, and freezes everything else.
+
+        Returns:
+            The peft model around it; the model itself keeps its class and its head.
+
+        Raises:
+            MissingDependencyError: peft is not installed.
+            ConfigError: No layer has such a name.
+        """
+        try:
+            from peft import LoraConfig, get_peft_model
+        except ImportError as error:
+            raise MissingDependencyError(
+                "expected the package peft for student.lora, got none; pip install 'moteach[peft]'"
+            ) from error
+        config = LoraConfig(
+            r=self.rank,
+            lora_alpha=2 * self.rank if self.alpha is None else self.alpha,
+            lora_dropout=self.dropout,
+            target_modules="all-linear" if self.targets is None else list(self.targets),
+            task_type="CAUSAL_LM",
+        )
+        try:
+            return get_peft_model(model, config)
+        except ValueError as error:
+            raise ConfigError(f"student.lora.targets: {' '.join(str(error).split())}") from error
 
 
 class Student(nn.Module):
@@ -24,6 +79,7 @@ class Student(nn.Module):
     Args:
         model: A Hugging Face causal language model.
         tokenizer: Its tokenizer.
+        lora: Train this update of the model alone.
 
     Raises:
         ConfigError: The model has no linear output layer.
@@ -31,11 +87,18 @@ class Student(nn.Module):
         IncompatibleTeacherError: Its logits cannot be rebuilt from its hidden states.
     """
 
-    def __init__(self, model: Any, tokenizer: Any) -> None:
+    def __init__(self, model: Any, tokenizer: Any, *, lora: LoRA | None = None) -> None:
         super().__init__()
         check_head(model, name=getattr(model.config, "_name_or_path", "") or "the student")
+        # in a tuple, because a second path to the same parameters would name them twice
+        self._adapted = () if lora is None else (lora.wrap(model),)
         self.model = model
         self.tokenizer = tokenizer
+
+    @property
+    def adapted(self) -> bool:
+        """Whether a low-rank update is trained, and the model under it frozen."""
+        return bool(self._adapted)
 
     @classmethod
     def from_pretrained(
@@ -45,6 +108,7 @@ class Student(nn.Module):
         revision: str | None = None,
         dtype: str = "float32",
         gradient_checkpointing: bool = False,
+        lora: LoRA | None = None,
     ) -> Student:
         """Opens a checkpoint for training.
 
@@ -53,6 +117,7 @@ class Student(nn.Module):
             revision: Commit of the hub repository.
             dtype: Precision of the trained parameters. In `bfloat16` an update smaller than 1/256 of a weight is lost.
             gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more compute.
+            lora: Train this update of the checkpoint alone.
 
         Raises:
             ConfigError: The checkpoint cannot be opened safely.
@@ -68,7 +133,7 @@ class Student(nn.Module):
             # transformers 5.2x renames the method and warns about the old one
             enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
             enable({"use_reentrant": False})
-        return cls(model.train(), load_tokenizer(path, revision=revision))
+        return cls(model.train(), load_tokenizer(path, revision=revision), lora=lora)
 
     @property
     def vocab_size(self) -> int:
@@ -94,13 +159,17 @@ class Student(nn.Module):
     def save_pretrained(self, folder: Path | str, *, weights: Mapping[str, Tensor] | None = None) -> None:
         """Writes safetensors, tokenizer, chat template and generation config, for `AutoModelForCausalLM` to open.
 
+        A low-rank update is added to the weights that are written; by itself it lies in the folder `adapter`.
+
         Args:
             folder: Where to.
             weights: The model's state, where the model itself holds only parts of it.
         """
-        self.model.save_pretrained(
-            folder, safe_serialization=True, state_dict=None if weights is None else dict(weights)
-        )
+        model = self.model
+        for adapted in self._adapted:
+            adapted.save_pretrained(Path(folder) / "adapter")
+            model = copy.deepcopy(adapted).merge_and_unload()
+        model.save_pretrained(folder, safe_serialization=True, state_dict=None if weights is None else dict(weights))
         self.tokenizer.save_pretrained(folder)
         if self.model.generation_config is not None:
             self.model.generation_config.save_pretrained(folder)

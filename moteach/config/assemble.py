@@ -21,6 +21,7 @@ from moteach.config.checks import (
     check_first_step,
     check_labels,
     check_lengths,
+    check_lora,
     check_mix,
     check_ranks,
     check_references,
@@ -39,6 +40,7 @@ from moteach.config.parts import (
     build_objective,
     build_teacher_gate,
     build_token_weights,
+    lora_of,
 )
 from moteach.config.teachers import hidden_dtype_of, memory_of
 from moteach.data.base import DEFAULT_DOMAIN, PromptSet, check_disjoint, domain_of, rows_by_domain
@@ -108,6 +110,7 @@ def assemble(cfg: DictConfig, *, trackers: Sequence[Tracker] = (), ranks: Ranks 
         revision=cfg.student.revision,
         dtype=cfg.student.dtype,
         gradient_checkpointing=cfg.student.gradient_checkpointing,
+        lora=lora_of(cfg.student.lora),
     )
     _set_threads(cfg.threads, student)
     shard(student, ranks, compute_dtype=cfg.student.compute_dtype)
@@ -126,7 +129,7 @@ def assemble(cfg: DictConfig, *, trackers: Sequence[Tracker] = (), ranks: Ranks 
         sampler=_sampler(cfg, prompts, experts),
         engine=build_engine(cfg, student.model, tokenizer),
         optimizer=torch.optim.AdamW(
-            student.parameters(),
+            [parameter for parameter in student.parameters() if parameter.requires_grad],
             lr=cfg.optim.lr,
             betas=tuple(cfg.optim.betas),
             eps=cfg.optim.eps,
@@ -199,6 +202,7 @@ def _check(job: Job) -> None:
     check_lengths(trainer.engine, drawn, held_out, held_out_limit=cfg.eval.max_new_tokens)
     check_first_step(trainer.sampler)
     check_ranks(trainer)
+    check_lora(trainer)
     check_references(trainer.learner.objective.needs, job.experts, trainer.teachers)
     check_contexts(job.experts, trainer.teachers, drawn)
     check_teachers(job.experts, trainer.student, trainer.teachers, support=cfg.support.name, k=cfg.support.k)

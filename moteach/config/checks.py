@@ -12,6 +12,7 @@ from moteach.data.sampling import Sampler
 from moteach.errors import ConfigError, UnsupportedCombinationError
 from moteach.objectives.mix import Mix
 from moteach.rollouts.base import RolloutEngine
+from moteach.rollouts.vllm import VLLMEngine
 from moteach.routing.base import ObservingRouter
 from moteach.routing.exemplars import check_leak
 from moteach.routing.label import LabelRouter
@@ -112,6 +113,25 @@ def check_ranks(trainer: Trainer) -> None:
             f"expected one process for {' and '.join(found)}, got {trainer.ranks.size} ranks; each rank would learn from its "
             "own share only and the student's shards would be updated differently. Start one process, or fit the router "
             "before (moteach route fit)"
+        )
+
+
+def check_lora(trainer: Trainer) -> None:
+    """Refuses what would not see a low-rank update of the student.
+
+    Raises:
+        UnsupportedCombinationError: Naming the part.
+    """
+    if not trainer.student.adapted:
+        return
+    parts = {
+        f"{trainer.ranks.size} ranks": trainer.ranks.size > 1,
+        "rollout=vllm": isinstance(trainer.engine, VLLMEngine),
+    }
+    if found := [name for name, here in parts.items() if here]:
+        raise UnsupportedCombinationError(
+            f"expected one process and rollout=hf with student.lora, got {' and '.join(found)}; the weights that are sent or "
+            "sharded would lack the update. Train all weights (student.lora.rank=null), or leave the other out"
         )
 
 

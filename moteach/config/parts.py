@@ -9,6 +9,7 @@ from omegaconf import DictConfig
 from moteach.config.build import build
 from moteach.config.gates import build_gate
 from moteach.conflict.posterior import Conditioned
+from moteach.errors import ConfigError
 from moteach.objectives.answers import Answers
 from moteach.objectives.balance import Balance
 from moteach.objectives.conditioning import Conditioning
@@ -16,6 +17,7 @@ from moteach.objectives.lessons import GateLessons
 from moteach.objectives.mix import Mix, MixedObjective
 from moteach.objectives.token_weights import TokenWeighting
 from moteach.routing.learned_gate import learning_part
+from moteach.students import LoRA
 from moteach.teachers.failover import FailurePolicy
 from moteach.teachers.gating import TeacherGate
 
@@ -84,3 +86,19 @@ def build_teacher_gate(cfg: DictConfig) -> TeacherGate:
 def build_failure_policy(cfg: DictConfig) -> FailurePolicy:
     """Reads what happens when a teacher fails."""
     return FailurePolicy.parse(cfg.teachers.on_failure, experts=[str(name) for name in cfg.experts])
+
+
+def lora_of(cfg: DictConfig) -> LoRA | None:
+    """Reads `student.lora`; None where all weights are trained.
+
+    Raises:
+        ConfigError: A value is out of range, or is said without a rank.
+    """
+    if cfg.rank is None:
+        if cfg.alpha is not None or cfg.dropout or cfg.targets is not None:
+            raise ConfigError(
+                "student.lora: expected a rank beside the other values, got none; all weights would be trained"
+            )
+        return None
+    targets = None if cfg.targets is None else tuple(str(name) for name in cfg.targets)
+    return LoRA(rank=cfg.rank, alpha=cfg.alpha, dropout=cfg.dropout, targets=targets)

@@ -27,6 +27,19 @@ class SupportConfig:
 
 
 @dataclass
+class LoRAConfig:
+    """A low-rank update that is trained in the place of the student's weights."""
+
+    rank: int | None = None
+    """Of the update; None trains all weights."""
+    alpha: float | None = None
+    """Scale times rank; None: twice the rank."""
+    dropout: float = 0.0
+    targets: list[str] | None = None
+    """Ends of the names of the layers that get one; None: every linear layer but the head."""
+
+
+@dataclass
 class StudentConfig:
     """The model that is trained."""
 
@@ -40,6 +53,7 @@ class StudentConfig:
     """Recompute activations in the backward pass: less memory, about a third more compute."""
     compute_dtype: str | None = None
     """With several ranks, the precision of forward and backward (`bfloat16`); parameters keep `dtype`, sums are float32."""
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
 
 
 @dataclass

@@ -60,7 +60,7 @@ class PrivilegedTeacher:
         informed = self.informed(rollouts)
         if not torch.equal(informed.token_targets, rollouts.token_targets):
             raise DataError(
-                f"teacher '{self.teacher_id}': expected rows that train their whole completion, got {rollouts.num_tokens} trained "
+                f"teacher '{self.teacher_id}': expected rows that train whole completions, got {rollouts.num_tokens} trained "
                 f"tokens of {informed.num_tokens}; its opinion would land on other tokens"
             )
         return self.inner.score(informed, support=support, k=k)
