@@ -186,3 +186,10 @@ def test_the_same_process_can_go_on_after_a_refusal(tmp_path: Path, capsys: pyte
         assert main(["train", "router=lable"]) == 2
     assert main(["train", "--cfg", "job", f"run_dir={tmp_path / 'run'}"]) == 0
     assert capsys.readouterr().err.count("did you mean 'label'") == 2
+
+
+def test_values_of_an_expert_that_is_not_chosen_name_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert main(["train", "experiment=recovery", "experts=[code,search]", f"run_dir={tmp_path / 'run'}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "got some of 'self', which is not among experts=[...]" in line
