@@ -153,8 +153,8 @@ def explain(error: Exception, argv: list[str], config_name: str) -> str:
         return f"{match[1]}: {reason}"
     if match := re.search(r"missing mandatory value: name\s+full_key: experts\.([\w-]+)\.name", text):
         return (
-            f"experts.{match[1]}: expected values of experts that are chosen, got some of '{match[1]}', which is not among experts=[...]; "
-            "choose it, or leave out what sets them (an experiment or a team may)"
+            f"experts.{match[1]}: expected values of experts that are chosen, got some of '{match[1]}', which is not among "
+            "experts=[...]; choose it, or leave out what sets them (an experiment or a team may)"
         )
     if re.search(
         r"mismatched input|extraneous input|no viable alternative|token recognition error|missing EQUAL|LexerNoViable",
