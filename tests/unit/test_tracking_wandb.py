@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -18,15 +19,22 @@ def run(run_dir: Path, steps: range, *, start: int = 0, summary: dict | None = N
     tracker.finish(summary or {})
 
 
-def records(run_dir: Path) -> list[bytes]:
-    return [path.read_bytes() for path in sorted(run_dir.glob("wandb/offline-run-*/*.wandb"))]
+def record(run_dir: Path, *, until: bytes) -> bytes:
+    """What the one run wrote; wandb's own process may still be writing after `finish` came back."""
+    deadline = time.monotonic() + 60
+    while True:
+        (path,) = run_dir.glob("wandb/offline-run-*/*.wandb")
+        content = path.read_bytes()
+        if until in content or time.monotonic() > deadline:
+            return content
+        time.sleep(0.1)
 
 
 def test_a_run_is_written_offline_without_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["moteach train", "rollout.api_key=sk-in-the-arguments"])
     summary = {"domains": {"math": {"after": 0.75, "normalised": 0.5}}, "mean": 0.5, "worst": 0.25}
     run(tmp_path, range(1, 4), summary=summary)
-    (content,) = records(tmp_path)
+    content = record(tmp_path, until=b"eval/worst")
     for word in (b"loss", b"train/step", b"seed", b"eval/math/normalised", b"eval/worst"):
         assert word in content
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
