@@ -106,7 +106,9 @@ class ByteAlignment:
 
 
 def tokenizer_place(spec: ExpertSpec) -> str | None:
-    """Where an expert's tokenizer is: `tokenizer`, else beside its weights; None for a server without a copy here."""
+    """Where an expert's tokenizer is: `tokenizer`, else beside its weights; None for the student, or a server without a copy."""
+    if spec.student is not None:
+        return None
     if spec.tokenizer is not None:
         return spec.tokenizer
     if spec.url is not None:

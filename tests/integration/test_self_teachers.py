@@ -74,6 +74,19 @@ def test_the_teacher_of_a_run_with_evaluation_is_not_measured_before_it(
     assert "the student itself (snapshot)" in capsys.readouterr().out
 
 
+def test_the_student_needs_no_alignment(selves: TinyWorld, tmp_path: Path) -> None:
+    arguments = [
+        *selves.overrides,
+        "experts=[alpha,was]",
+        "support=sampled",
+        "objective=policy_gradient",
+        "max_steps=2",
+    ]
+    plain = train(tmp_path / "plain", *arguments)
+    aligned = train(tmp_path / "aligned", *arguments, "alignment=bytes")
+    assert student_bytes(plain) == student_bytes(aligned)
+
+
 def test_prompts_without_an_answer_end_the_run_before_it_starts(
     selves: TinyWorld, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
