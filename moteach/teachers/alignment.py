@@ -106,7 +106,7 @@ class ByteAlignment:
 
 
 def tokenizer_place(spec: ExpertSpec) -> str | None:
-    """Where an expert's tokenizer is: `tokenizer`, else beside its weights; None for the student, or a server without a copy."""
+    """Where an expert's tokenizer is: `tokenizer`, else beside its weights; None for the student or a server alone."""
     if spec.student is not None:
         return None
     if spec.tokenizer is not None:
