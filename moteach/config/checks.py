@@ -12,7 +12,6 @@ from moteach.data.sampling import Sampler
 from moteach.errors import ConfigError, UnsupportedCombinationError
 from moteach.objectives.mix import Mix
 from moteach.rollouts.base import RolloutEngine
-from moteach.rollouts.vllm import VLLMEngine
 from moteach.routing.base import ObservingRouter
 from moteach.routing.exemplars import check_leak
 from moteach.routing.label import LabelRouter
@@ -126,7 +125,7 @@ def check_lora(trainer: Trainer) -> None:
         return
     parts = {
         f"{trainer.ranks.size} ranks": trainer.ranks.size > 1,
-        "rollout=vllm": isinstance(trainer.engine, VLLMEngine),
+        "rollouts from a server": hasattr(trainer.engine, "local"),
     }
     if found := [name for name, here in parts.items() if here]:
         raise UnsupportedCombinationError(

@@ -2,13 +2,15 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from integration_runs import metrics, rows, student_bytes, student_tensors, train
+from integration_runs import environment, metrics, rows, student_bytes, student_tensors, train
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from torch import Tensor
@@ -278,3 +280,24 @@ def test_prompts_without_answers_train_and_leave_valid_json(world: TinyWorld, tm
     for name in ("summary.json", "baseline.json"):
         json.loads((run / name).read_text(), parse_constant=refuse)
     assert all(row["reward"] is None for row in rows(run, "rollouts"))
+
+
+def test_a_run_needs_no_optional_package(world: TinyWorld, tmp_path: Path) -> None:
+    extras = ["httpx", "tenacity", "peft", "vllm", "submitit", "wandb", "matplotlib", "datasets", "reasoning_gym"]
+    extras += ["sentence_transformers", "gguf", "trl", "liger_kernel"]
+    program = (
+        f"import sys; sys.modules.update(dict.fromkeys({extras}))\n"
+        "from moteach.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    )
+    arguments = ["train", *world.overrides, "max_steps=1", f"run_dir={tmp_path / 'run'}"]
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments],
+        env=environment(),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "summary.json").is_file()
