@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import shlex
+import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -60,7 +61,7 @@ def fit(cfg: DictConfig, *, command: str) -> float | None:
     Returns:
         Accuracy on the exemplars, each scored by a head that has not seen it.
     """
-    router, _ = _router(cfg)
+    router, _, _ = _router(cfg)
     learned = _learned(router, "fit")
     folder = Path(cfg.run_dir) / "router"
     learned.save_pretrained(folder)
@@ -85,7 +86,7 @@ def explain(cfg: DictConfig, *, text: str) -> None:
     """Shows the weights of one prompt, how sure the router is, and the exemplars that are nearest."""
     if not cfg.nearest >= 1:
         raise ConfigError(f"nearest: expected at least 1, got {cfg.nearest}")
-    router, experts = _router(cfg)
+    router, experts, _ = _router(cfg)
     learned = _learned(router, "explain")
     routing, scores, unsure = learned.decide([text])
     console = Console()
@@ -145,7 +146,7 @@ def evaluate(cfg: DictConfig, *, command: str) -> float:
     from moteach.config.validate import check_component
     from moteach.routing.evaluate import measure, read_prompts
 
-    router, experts = _router(cfg)
+    router, experts, seconds = _router(cfg)
     if cfg.prompts is not None:
         prompts = read_prompts(Path(cfg.prompts).expanduser())
     else:
@@ -154,12 +155,18 @@ def evaluate(cfg: DictConfig, *, command: str) -> float:
         check_component(cfg.data, where="data")
         tokenizer = load_tokenizer(cfg.student.model, revision=cfg.student.revision)
         prompts = list(build(cfg.data, where="data").load(tokenizer).evaluation)
-    report = measure(router, prompts, experts)
+    report = measure(router, prompts, experts) | {"seconds_to_fit": seconds}
     console = Console()
     console.print(_table(report))
     shown = ("accuracy", "ece", "aurc", "macro_f1", "coverage", "routed_accuracy", "coverage_at_risk")
     console.print(
         "   ".join(f"{name} {report[name]:.4f}" for name in shown if report[name] is not None),
+        highlight=False,
+        soft_wrap=True,
+    )
+    console.print(
+        f"regret against the oracle teacher {report['regret']:.4f}   {report['prompts_per_second']:.0f} prompts a second   "
+        f"fitted or opened in {seconds:.2f} s",
         highlight=False,
         soft_wrap=True,
     )
@@ -170,8 +177,8 @@ def evaluate(cfg: DictConfig, *, command: str) -> float:
     return float(report["accuracy"])
 
 
-def _router(cfg: DictConfig) -> tuple[Any, tuple[ExpertSpec, ...]]:
-    """Makes the router of the config and binds it to the experts."""
+def _router(cfg: DictConfig) -> tuple[Any, tuple[ExpertSpec, ...], float]:
+    """Makes the router of the config and binds it to the experts; also the seconds that took, in which it learns."""
     from moteach.config.build import build
     from moteach.config.validate import check_component, check_keys
 
@@ -183,8 +190,9 @@ def _router(cfg: DictConfig) -> tuple[Any, tuple[ExpertSpec, ...]]:
     found = [OmegaConf.to_object(cfg.experts[name]) for name in cfg.experts]
     experts = tuple(expert for expert in found if isinstance(expert, ExpertSpec))
     router = build(cfg.router, where="router")
+    begin = time.perf_counter()
     router.bind(experts)
-    return router, experts
+    return router, experts, time.perf_counter() - begin
 
 
 def _learned(router: Any, action: str) -> Any:

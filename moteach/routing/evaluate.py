@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,7 +83,9 @@ def measure(
 
     Returns:
         In JSON types: `accuracy`, `ece` (15 bins of equal width), `aurc`, `macro_f1`, `coverage` (share that is not abstained
-        on), `routed_accuracy` (of those), `coverage_at_risk` (largest share with at most `risk` wrong), `abstained_outside`,
+        on), `routed_accuracy` (of those), `coverage_at_risk` (largest share with at most `risk` wrong), `regret`
+        (against an oracle teacher: 1 - the weight of the experts that the label names, so an abstention costs 1),
+        `prompts_per_second`, `abstained_outside`,
         `ood_auroc` by score or None, `contingency` {label: {chosen: prompts}} (a prompt of several experts counts for the
         chosen one if right, else for the first), and `rows`, one a domain.
 
@@ -100,7 +103,9 @@ def measure(
     learned = getattr(router, "learned", None)
     if isinstance(learned, Learner):
         check_leak(learned.exemplars.texts, labelled, what="prompts")
+    begin = time.perf_counter()
     said = _ask(router, labelled)
+    seconds = time.perf_counter() - begin
     inside = torch.tensor([bool(own) for own in owners])
     right = torch.tensor([[expert.name in own for expert in experts] for own in owners])
     chosen = said.preference.argmax(dim=1)
@@ -119,6 +124,8 @@ def measure(
         "coverage": float(routed[inside].double().mean()),
         "routed_accuracy": accuracy(correct[inside & routed]) if bool((inside & routed).any()) else None,
         "coverage_at_risk": coverage_at_risk(said.confidence[inside], correct[inside], risk=risk),
+        "regret": float(1 - (said.weights * right).sum(dim=1)[inside].double().mean()),
+        "prompts_per_second": len(labelled) / max(seconds, 1e-9),
         "abstained_outside": float((~routed[outside]).double().mean()) if bool(outside.any()) else None,
         "ood_auroc": {name: auroc(score[inside], score[outside]) for name, score in said.familiar.items()}
         if bool(outside.any())

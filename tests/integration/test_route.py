@@ -64,6 +64,8 @@ def test_fit_explain_and_eval(router: str, labelled: str, tmp_path: Path, capsys
     assert report["contingency"]["code"] == {"math": 1, "code": 1, "search": 0}
     assert {row["label"]: row["prompts"] for row in report["rows"]} == {"math": 2, "code": 2, "search": 1, "law": 2}
     assert report["ood_auroc"]["similarity"] == 1.0
+    assert report["regret"] == pytest.approx(0.2), "hard routes, one of five wrong"
+    assert report["prompts_per_second"] > 0 < report["seconds_to_fit"]
     assert report["command"].startswith("moteach route eval")
 
 
@@ -73,6 +75,17 @@ def test_abstention_shows_in_the_measures(labelled: str, tmp_path: Path) -> None
     report = json.loads(out.read_text())
     assert report["coverage"] == 1.0
     assert report["abstained_outside"] == 1.0
+
+
+def test_regret_counts_the_weight_that_others_get_and_abstentions_whole(labelled: str, tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    found = {}
+    for name, words in {"soft": ["router.weighting=soft"], "none": ["router.min_similarity=2"]}.items():
+        assert route("eval", *OFFLINE, *words, f"prompts={labelled}", f"out={out}") == 0
+        found[name] = json.loads(out.read_text())
+    assert 0.2 < found["soft"]["regret"] < 1
+    assert found["none"]["coverage"] == 0.0
+    assert found["none"]["regret"] == 1.0
 
 
 def test_references_frame_the_accuracy(tmp_path: Path) -> None:
