@@ -31,6 +31,7 @@ def fresh_rows(run: Path, text: str) -> list[Mapping[str, Any]]:
     Raises:
         MissingFileError: There is no run, or no checkpoint in it.
         ConfigError: The run's config cannot be read by this version, or none of its teachers may speak about the prompt.
+        RoutingError: The run goes by labels, and the prompt is not of its held-out set.
     """
     from moteach.config.assemble import assemble, decoder
 

@@ -270,7 +270,7 @@ class RouteConfig:
     student: StudentConfig = field(default_factory=StudentConfig)
     data: Any = MISSING
     run: str | None = None
-    """Folder of a run trained with `gate.trace=true`, whose tokens `route explain` shows; with a prompt, of any run,
+    """Folder of a run trained with `gate.trace=true`, whose tokens `route explain` shows; with a prompt, of a run
     whose student answers it."""
     prompts: str | None = None
     """Labelled JSONL of `route eval`; None: the held-out prompts of `data`."""
