@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from moteach.catalogue.registry import read_catalogue, register_with_hydra
 from moteach.config.schema import register_schema
-from moteach.errors import ConfigError, MoteachError, nearest
+from moteach.errors import ConfigError, MissingDependencyError, MoteachError, nearest
 from moteach.paths import conf_dir, experts_dir
 
 _OWN_FOLDERS_OFF = (
@@ -33,7 +33,8 @@ _OWN_FOLDERS_OFF = (
     "hydra/hydra_logging=none",
 )
 
-
+_PLUGINS = {"hydra_submitit_launcher": "slurm", "hydra_ray_launcher": "ray"}
+"""The extra that brings a package of Hydra's plugins."""
 _FLAGS = (
     *("--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--resolve", "--package", "-p", "--run", "-r"),
     *("--multirun", "-m", "--shell-completion", "-sc", "--config-path", "-cp", "--config-name", "-cn"),
@@ -85,10 +86,24 @@ def run_app(config_name: str, argv: Sequence[str], task: Callable[[DictConfig], 
         if composed:
             raise
         raise ConfigError(f"an override cannot be used: {error}; got {' '.join(argv)!r}") from error
+    except RuntimeError as error:
+        # what Hydra raises, bare, for a launcher or sweeper whose package is not here
+        if composed or "Unknown plugin class" not in str(error):
+            raise
+        raise MissingDependencyError(_missing_plugin(str(error))) from error
     finally:
         sys.argv = saved
     if refused:
         raise refused[0]
+
+
+def _missing_plugin(said: str) -> str:
+    extra = next((extra for part, extra in _PLUGINS.items() if part in said), None)
+    remedy = f"pip install 'moteach[{extra}]'" if extra else "install the package that has it"
+    return (
+        f"expected the Hydra plugin of the chosen launcher or sweeper, got {said[:1].lower()}{said[1:]}; no run was "
+        f"started: {remedy}, or leave the choice out"
+    )
 
 
 def overrides_first(argv: Sequence[str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from moteach.cli.app import prepare, run_app
 from moteach.config.validate import validate
-from moteach.errors import UnsupportedCombinationError
+from moteach.errors import MissingDependencyError, UnsupportedCombinationError
 from moteach.paths import conf_dir
 
 LAUNCHERS = sorted((conf_dir() / "hydra" / "launcher").glob("*.yaml"))
@@ -23,12 +24,29 @@ def composed(*overrides: str, hydra: bool = False) -> DictConfig:
 
 @pytest.mark.parametrize("path", LAUNCHERS, ids=lambda path: path.stem)
 def test_a_launcher_composes_without_its_plugin_and_takes_overrides(path: Path) -> None:
-    cfg = composed(f"hydra/launcher={path.stem}", "hydra.launcher.timeout_min=7", hydra=True)
-    launcher = OmegaConf.to_container(cfg.hydra.launcher)
-    assert isinstance(launcher, dict)
-    assert str(launcher["_target_"]).startswith("hydra_plugins.hydra_submitit_launcher.")
-    assert launcher["timeout_min"] == 7
-    assert launcher["name"] == "moteach"
+    ray = path.stem == "ray_tasks"
+    key = "ray.remote.num_cpus" if ray else "timeout_min"
+    cfg = composed(f"hydra/launcher={path.stem}", f"hydra.launcher.{key}=7", hydra=True)
+    launcher = cfg.hydra.launcher
+    assert OmegaConf.select(launcher, key) == 7
+    plugin = "hydra_ray_launcher" if ray else "hydra_submitit_launcher"
+    assert str(launcher._target_).startswith(f"hydra_plugins.{plugin}.")
+    assert set(launcher) == ({"_target_", "ray"} if ray else {*launcher, "name", "submitit_folder"})
+
+
+@pytest.mark.parametrize(("launcher", "extra"), [("slurm", "slurm"), ("local", "slurm"), ("ray_tasks", "ray")])
+def test_a_launcher_without_its_package_is_refused_before_the_first_run(launcher: str, extra: str) -> None:
+    plugin = "hydra_ray_launcher" if extra == "ray" else "hydra_submitit_launcher"
+    try:
+        there = find_spec(f"hydra_plugins.{plugin}")
+    except ModuleNotFoundError:
+        there = None
+    if there is not None:
+        pytest.skip(f"{plugin} is installed")
+    started: list[DictConfig] = []
+    with pytest.raises(MissingDependencyError, match=rf"pip install 'moteach\[{extra}\]'"):
+        run_app("train", ["seed=1,2", f"hydra/launcher={launcher}", "--multirun"], started.append)
+    assert not started
 
 
 def test_the_example_of_two_nodes_is_valid_with_teachers_behind_servers(tmp_path: Path) -> None:
