@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 
 from moteach.errors import ConfigError, nearest
 
@@ -54,6 +55,12 @@ def whole_number(values: Mapping[str, str], word: str, *, default: int, least: i
     if not text.isdecimal() or int(text) < least:
         raise ConfigError(f"{word}: expected a whole number of at least {least}, got '{text}'")
     return int(text)
+
+
+def wide_console() -> Console:
+    """Writes to the terminal as wide as it is, and elsewhere so wide that no number of a table is cut."""
+    console = Console()
+    return console if console.is_terminal else Console(width=180)
 
 
 def machine() -> str:

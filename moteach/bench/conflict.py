@@ -19,7 +19,7 @@ from rich.console import Console
 from moteach.bench._arms_table import Arms, chosen, numbers, read_arms
 from moteach.bench._conflict_table import print_tables
 from moteach.bench._references import references
-from moteach.bench._report import take_words, whole_number, write_report
+from moteach.bench._report import take_words, whole_number, wide_console, write_report
 from moteach.bench._scenarios import SCENARIOS, VARIANTS, Team, Variant
 from moteach.bench._students import Cell, normalised, over_seeds, trained
 from moteach.catalogue.packaged import cache_dir
@@ -99,7 +99,7 @@ def run(argv: Sequence[str]) -> None:
         workers=whole_number(words, "workers", default=1, least=1),
     )
     # a file or a pipe has no width of its own
-    console = Console() if Console().is_terminal else Console(width=180)
+    console = wide_console()
     summary: dict[str, Any] = {}
     if "best" in words:
         best = whole_number(words, "best", default=6, least=1)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from moteach.bench._arms import Arm, Problem, Size, arms_of, kernel
 from moteach.bench._peers import find_peers, peer_beta
-from moteach.bench._report import machine, only_words, whole_number, write_report
+from moteach.bench._report import machine, only_words, whole_number, wide_console, write_report
 from moteach.bench.memory import peak_bytes
 from moteach.config.build import build
 from moteach.conflict.base import Resolver
@@ -58,7 +58,7 @@ def run(argv: Sequence[str]) -> None:
     sizes = read_sizes(words)
     compared = any(peer_beta(divergence) is not None for divergence in chosen.values() if divergence is not None)
     found, missing = find_peers() if compared else ([], [])
-    console = Console()
+    console = wide_console()
     rows: list[dict[str, Any]] = []
     for size in sizes:
         mine: list[dict[str, Any]] = []

@@ -24,10 +24,9 @@ from statistics import median
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
-from moteach.bench._report import machine, take_words, whole_number, write_report
+from moteach.bench._report import machine, take_words, whole_number, wide_console, write_report
 from moteach.bench._resident import anonymous_growth
 from moteach.bench.memory import peak_bytes
 from moteach.catalogue.modeling import load_causal_lm, load_tokenizer, weights_bytes
@@ -137,7 +136,7 @@ def task(
     from moteach.config.assemble import assemble
     from moteach.config.validate import validate
 
-    console = Console()
+    console = wide_console()
     quiet_libraries()
     folders = [perturbed(size, index) for index in range(SIZES[size][-1])]
     one = weights_bytes(str(folders[0]), dtype="float32") or 0

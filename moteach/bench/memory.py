@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
-from moteach.bench._report import only_words, write_report
+from moteach.bench._report import only_words, wide_console, write_report
 from moteach.conflict.base import Resolver, resolve
 from moteach.conflict.pools import Geometric, Linear
 from moteach.divergences.chunked import chunked_divergence
@@ -62,7 +61,7 @@ class Size:
 def run(argv: Sequence[str]) -> None:
     """Runs `moteach bench memory [out=FILE.json]`."""
     words = only_words(argv, ("out",))
-    console = Console()
+    console = wide_console()
     rows = []
     with console.status("measuring"):
         for vocab in VOCABULARIES:

@@ -19,11 +19,10 @@ from typing import Any, get_args
 
 import yaml
 from jaxtyping import Float
-from rich.console import Console
 from torch import Tensor
 
 from moteach.bench._prompts import OUTSIDE, collect, sources
-from moteach.bench._report import machine, only_words, whole_number, write_report
+from moteach.bench._report import machine, only_words, whole_number, wide_console, write_report
 from moteach.bench._routing_table import TARGETS, print_tables
 from moteach.catalogue.spec import ExpertSpec
 from moteach.config.build import build
@@ -110,7 +109,7 @@ def run(argv: Sequence[str]) -> None:
     quiet_libraries()
     found, versions, missing = read(words.get("on", "packages"), per_domain=per_domain, seed=seed)
     question = Question(prompts=found, experts=natural_experts())
-    console = Console()
+    console = wide_console()
     encoders: dict[str, Encoder] = {}
     for name in words.get("encoders", ",".join(ENCODERS)).split(","):
         try:

@@ -19,7 +19,7 @@ from rich.table import Table
 from moteach.bench._arms_table import Arms, chosen, numbers, read_parts
 from moteach.bench._conflict_table import notes
 from moteach.bench._references import references
-from moteach.bench._report import take_words, whole_number, write_report
+from moteach.bench._report import take_words, whole_number, wide_console, write_report
 from moteach.bench._students import Cell, normalised, over_seeds, trained
 from moteach.catalogue.packaged import cache_dir
 from moteach.errors import ConfigError, nearest
@@ -60,7 +60,7 @@ def run(argv: Sequence[str]) -> None:
     workers = whole_number(words, "workers", default=1, least=1)
     folder = Path(words["cache"]) if "cache" in words else cache_dir() / "bench" / "routing-students"
     # a file or a pipe has no width of its own, and the table has ten columns
-    console = Console() if Console().is_terminal else Console(width=180)
+    console = wide_console()
     rows: list[dict[str, Any]] = []
     summary: dict[str, Any] = {}
     for part in parts:

@@ -22,7 +22,7 @@ from rich.table import Table
 
 from moteach.bench._floor import Floor
 from moteach.bench._interleave import FloorTracker, Pair, RouterTap, one_step, plain_adamw
-from moteach.bench._report import machine, take_words, whole_number, write_report
+from moteach.bench._report import machine, take_words, whole_number, wide_console, write_report
 from moteach.bench.memory import peak_bytes
 
 PARTS = ("generate", "route", "score", "update", "record", "other")
@@ -62,7 +62,7 @@ def task(cfg: Any, *, steps: int, warmup: int, out: str | None, argv: Sequence[s
     from moteach.config.assemble import assemble
     from moteach.config.validate import validate
 
-    console = Console()
+    console = wide_console()
     cfg.max_steps = warmup + steps
     cfg.checkpoint.every_steps = 0
     with tempfile.TemporaryDirectory(prefix="moteach-bench-") as folder:
