@@ -153,7 +153,7 @@ class Student(nn.Module):
             What the loss returned; back-propagate its `loss`.
         """
         body, head = body_and_head(self.model)
-        states = hidden_states(body, rollouts.input_ids, rollouts.attention_mask)
+        states = hidden_states(body, rollouts.input_ids)
         return loss(rollouts.pack(states), head)
 
     def save_pretrained(self, folder: Path | str, *, weights: Mapping[str, Tensor] | None = None) -> None:

@@ -283,6 +283,8 @@ class _Plan:
 
     files: Mapping[str, int]
     """Bytes of each file."""
+    dtypes: Mapping[str, frozenset[torch.dtype]]
+    """Precisions that its tensors are saved in."""
     parts: Sequence[tuple[_View, tuple[int, ...], tuple[str, ...]]]
     """Each view, its strides, and the names that share it."""
 
@@ -296,21 +298,30 @@ class _Plan:
         for view, shared in names.items():
             strides = tuple(math.prod(view.shape[place + 1 :]) for place in range(len(view.shape)))
             parts.append((view, strides, tuple(shared)))
-        return cls(files={view.file: Path(view.file).stat().st_size for view in names}, parts=parts)
+        dtypes = {
+            file: frozenset(view.saved for view in names if view.file == file) for file in {v.file for v in names}
+        }
+        return cls(files={file: Path(file).stat().st_size for file in dtypes}, dtypes=dtypes, parts=parts)
 
     def read(self, device: str) -> Mapping[str, Tensor]:
         """Maps the tensors and touches the pages of large ones, so that a background thread has waited for the disk."""
-        files = {
-            file: torch.UntypedStorage.from_file(file, shared=False, nbytes=nbytes)
-            for file, nbytes in self.files.items()
-        }
+        flat: dict[tuple[str, torch.dtype], Tensor] = {}
+        for file, nbytes in self.files.items():
+            storage = torch.UntypedStorage.from_file(file, shared=False, nbytes=nbytes)
+            for dtype in self.dtypes[file]:
+                # set_ takes no storage whose size is no multiple of the element's
+                size = (nbytes // dtype.itemsize,)
+                blank = torch.empty(0, dtype=dtype)
+                flat[file, dtype] = blank.set_(storage, 0, size, (1,))  # type: ignore[arg-type, unused-ignore]
         found: dict[str, Tensor] = {}
         for view, strides, names in self.parts:
-            tensor = torch.empty(0, dtype=view.saved)
-            tensor.set_(files[view.file], view.first, view.shape, strides)  # type: ignore[arg-type, unused-ignore]
+            tensor = flat[view.file, view.saved].as_strided(view.shape, strides, view.first)
             if tensor.nbytes > _LARGE:
                 tensor.view(-1).view(torch.uint8)[::_PAGE].sum()
-            found |= dict.fromkeys(names, tensor.to(device=device, dtype=view.wanted))
+            if view.wanted != view.saved or device != "cpu":
+                tensor = tensor.to(device=device, dtype=view.wanted)
+            for name in names:
+                found[name] = tensor
         return found
 
 

@@ -73,11 +73,10 @@ def _score_group(
     takes_few = "logits_to_keep" in inspect.signature(wrapped.get_base_model().forward).parameters
     caught: list[Tensor] = []
 
-    def forward(ids: Tensor, mask: Tensor, rows: Sequence[int]) -> Tensor:
+    def forward(ids: Tensor, rows: Sequence[int]) -> Tensor:
         # peft takes the names through the whole model alone; of its logits one position is made and thrown away
         wrapped(
             input_ids=ids.to(head.weight.device),
-            attention_mask=mask.to(device=head.weight.device, dtype=torch.long),
             use_cache=False,
             adapter_names=[adapters[row] for row in rows],
             **({"logits_to_keep": 1} if takes_few else {}),

@@ -137,7 +137,7 @@ def _logprobs(model: nn.Module, ids: Int[Tensor, "1 token"], start: int) -> Floa
     """Logprobs of the distributions that predict the tokens from `start` on."""
     body, head = body_and_head(model)
     ids = ids.to(head.weight.device)
-    hidden = hidden_states(body, ids, torch.ones_like(ids, dtype=torch.bool))
+    hidden = hidden_states(body, ids)
     return project(hidden[0, start - 1 : -1], head).log_softmax(dim=-1).cpu()
 
 

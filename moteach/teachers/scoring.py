@@ -103,7 +103,7 @@ def packed_hidden(
     rollouts: RolloutBatch,
     *,
     max_tokens: int,
-    forward: Callable[[Tensor, Tensor, Sequence[int]], Tensor] | None = None,
+    forward: Callable[[Tensor, Sequence[int]], Tensor] | None = None,
 ) -> Float[Tensor, "packed hidden"]:
     """Runs a body on the rows in micro-batches of similar length and packs the states that predict trained tokens.
 
@@ -114,20 +114,22 @@ def packed_hidden(
         body: The body.
         rollouts: The rows.
         max_tokens: Padded tokens in one forward.
-        forward: Runs the body on ids, mask and row numbers, where rows differ in more than their tokens.
+        forward: Runs the body on ids and row numbers, where rows differ in more than their tokens.
     """
     needed = needed_lengths(rollouts)
     counts = rollouts.loss_mask.sum(dim=1)
-    starts = (counts.cumsum(0) - counts).tolist()
+    starts = counts.cumsum(0) - counts
     pieces: list[Tensor] = []
     places: list[Tensor] = []
     for rows in micro_batches(needed, max_tokens=max_tokens):
         part = rollouts.select(rows)
         width = max(needed[row] for row in rows)
-        ids, mask = part.input_ids[:, :width], part.attention_mask[:, :width]
-        states = hidden_states(body, ids, mask) if forward is None else forward(ids, mask, rows)
+        ids = part.input_ids[:, :width]
+        states = hidden_states(body, ids) if forward is None else forward(ids, rows)
         pieces.append(part.pack(states))
-        places += [torch.arange(starts[row], starts[row] + int(counts[row])) for row in rows]
+        owned = counts[rows]
+        shift = starts[rows] - (owned.cumsum(0) - owned)
+        places.append(torch.arange(int(owned.sum())) + shift.repeat_interleave(owned))
     if not pieces:
         parameter, config = next(body.parameters()), cast(Any, body.config)
         return torch.zeros((0, config.hidden_size), dtype=parameter.dtype, device=parameter.device)

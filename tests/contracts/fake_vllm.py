@@ -124,7 +124,7 @@ class FakeVLLM:
         assert body["task"] == "token_embed"
         trunk, _ = body_and_head(self.model)
         tokens = torch.tensor([ids])
-        states = hidden_states(trunk, tokens, torch.ones_like(tokens, dtype=torch.bool))[0]
+        states = hidden_states(trunk, tokens)[0]
         if body["use_activation"] or self.normalised:
             states = torch.nn.functional.normalize(states, dim=1)
         states = states.to(torch.bfloat16) if body["embed_dtype"] == "bfloat16" else states

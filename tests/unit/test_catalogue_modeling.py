@@ -78,7 +78,7 @@ def test_body_and_head_give_the_logits_of_the_model_in_every_family(family: str)
     model = model_of(FAMILIES[family]())
     ids = torch.randint(2, 48, (3, 7), generator=torch.Generator().manual_seed(1))
     body, head = body_and_head(model)
-    hidden = hidden_states(body, ids, torch.ones_like(ids, dtype=torch.bool))
+    hidden = hidden_states(body, ids)
     logits = model(input_ids=ids).logits
     rebuilt = project(hidden.flatten(0, 1), head).view_as(logits)
     assert logits.std() > 0.05
@@ -105,7 +105,7 @@ def test_the_bias_of_a_head_is_part_of_it() -> None:
     torch.nn.init.normal_(model.lm_head.bias)
     ids = torch.arange(2, 9)[None]
     body, head = body_and_head(model)
-    hidden = hidden_states(body, ids, torch.ones_like(ids, dtype=torch.bool))[0]
+    hidden = hidden_states(body, ids)[0]
     torch.testing.assert_close(project(hidden, head), model(input_ids=ids).logits[0], rtol=1e-5, atol=1e-5)
 
 
@@ -119,10 +119,9 @@ def test_right_padding_does_not_change_hidden_states() -> None:
     model = tiny_model(scale=3.0)
     body, _ = body_and_head(model)
     ids = torch.randint(2, 60, (1, 6), generator=torch.Generator().manual_seed(0))
-    alone = hidden_states(body, ids, torch.ones_like(ids, dtype=torch.bool))
+    alone = hidden_states(body, ids)
     padded = torch.cat([ids, torch.zeros(1, 4, dtype=torch.long)], dim=1)
-    mask = torch.tensor([[True] * 6 + [False] * 4])
-    torch.testing.assert_close(hidden_states(body, padded, mask)[:, :6], alone, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(hidden_states(body, padded)[:, :6], alone, rtol=1e-5, atol=1e-5)
 
 
 def test_a_model_that_changes_its_logits_in_an_unknown_way_is_refused() -> None:
