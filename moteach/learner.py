@@ -28,7 +28,7 @@ from moteach.objectives.mix import supervised_loss
 from moteach.objectives.teaching import teaching_of
 from moteach.objectives.token_weights import TokenWeighting, apply_token_weights, told_by
 from moteach.sharding import anchor, blank_batch, nothing
-from moteach.types import Head, LossOutput, RolloutBatch, Support
+from moteach.types import Head, LossOutput, RolloutBatch, Routing, Support
 
 
 @dataclass(kw_only=True)
@@ -82,7 +82,7 @@ class Learner:
         return self._accumulated(self.prepared(scored), weigh=weigh)
 
     def _accumulated(self, scored: Scored, *, weigh: bool) -> LossOutput:
-        parts = self.micro_batches(len(scored.rollouts))
+        parts = self.micro_batches(len(scored.rollouts), scored.routing)
         weigh = weigh and self.weighs
         metrics: dict[str, float] = {}
         if weigh and (len(parts) > 1 or self.ranks.size > 1):
@@ -150,7 +150,7 @@ class Learner:
         weights = weight * token_weights(rollouts, "sequence_mean", size=size)
         rows_of = rollouts.token_rows
         for rows in self.micro_batches(len(rollouts)):
-            kept = (rows_of >= rows.start) & (rows_of < rows.stop)
+            kept = torch.isin(rows_of, torch.tensor(rows, dtype=torch.long))
             if not bool(kept.any()):
                 self._idle()
                 continue
@@ -221,11 +221,20 @@ class Learner:
         """Inner product of two gradients of which every rank holds its part."""
         return float(self.ranks.sum((left.double() * right.double()).sum()))
 
-    def micro_batches(self, rows: int) -> list[range]:
-        """Splits the rows of a batch into consecutive ranges, as many on every rank: the last ones may be empty."""
+    def micro_batches(self, rows: int, routing: Routing | None = None) -> list[list[int]]:
+        """Splits the rows of a batch into ascending groups, as many on every rank: the last ones may be empty.
+
+        Args:
+            rows: Number of rows.
+            routing: Of these rows: those of one teacher then come together, so that the head of each teacher, which may lie
+                on the disk, is needed by as few micro-batches as can be (DeepSeek-V4, arXiv 2606.19348, section 5.2.2).
+        """
         size = self.micro_batch_size or max(rows, 1)
-        parts = [range(begin, min(begin + size, rows)) for begin in range(0, rows, size)]
-        return parts + [range(rows, rows)] * (self.ranks.most(len(parts)) - len(parts))
+        order = list(range(rows))
+        if routing is not None and size < rows:
+            order = routing.weights.argmax(dim=1).argsort(stable=True).tolist()
+        parts = [sorted(order[begin : begin + size]) for begin in range(0, rows, size)]
+        return parts + [[]] * (self.ranks.most(len(parts)) - len(parts))
 
     def _idle(self) -> None:
         """Runs the student on nothing while other ranks still have rows, since they gather its parameters together."""
@@ -274,15 +283,20 @@ class Learner:
             return LossOutput(loss=torch.zeros(()), denominator=1.0, token_stats=found)
 
         with torch.no_grad():
-            return self._collected(scored.rollouts, lambda rows: partial(look, part=scored.select(rows)))
+            return self._collected(
+                scored.rollouts, lambda rows: partial(look, part=scored.select(rows)), routing=scored.routing
+            )
 
     def _collected(
-        self, rollouts: RolloutBatch, look: Callable[[range], Callable[[Tensor, Head], LossOutput]]
+        self,
+        rollouts: RolloutBatch,
+        look: Callable[[Sequence[int]], Callable[[Tensor, Head], LossOutput]],
+        routing: Routing | None = None,
     ) -> dict[str, Tensor]:
         stats: dict[str, Tensor] = {}
         rows_of = rollouts.token_rows
-        for rows in self.micro_batches(len(rollouts)):
-            kept = (rows_of >= rows.start) & (rows_of < rows.stop)
+        for rows in self.micro_batches(len(rollouts), routing):
+            kept = torch.isin(rows_of, torch.tensor(rows, dtype=torch.long))
             if not bool(kept.any()):
                 self._idle()
                 continue

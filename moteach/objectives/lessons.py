@@ -34,7 +34,7 @@ class GateLessons:
         rewards: Sequence[float],
         *,
         ask: Callable[[RolloutBatch], tuple[Routing, Evidence]],
-        micro_batches: Callable[[int], Sequence[range]],
+        micro_batches: Callable[[int], Sequence[Sequence[int]]],
     ) -> dict[str, float]:
         """Lets the gate learn from one step.
 
@@ -70,7 +70,7 @@ def _lessons(
     routing: Routing,
     evidence: Evidence,
     *,
-    micro_batches: Callable[[int], Sequence[range]],
+    micro_batches: Callable[[int], Sequence[Sequence[int]]],
 ) -> list[Lesson]:
     found: list[Lesson] = []
     rows_of = rollouts.token_rows
@@ -80,7 +80,7 @@ def _lessons(
             continue
         part = rollouts.select(rows)
 
-        def look(hidden: Tensor, head: Head, *, part: RolloutBatch = part, rows: range = rows) -> LossOutput:
+        def look(hidden: Tensor, head: Head, *, part: RolloutBatch = part, rows: Sequence[int] = rows) -> LossOutput:
             told = evidence.select(torch.isin(rows_of, torch.tensor(list(rows), dtype=torch.long)))
             seen = GateContext(
                 rollouts=part, routing=routing.select(rows), evidence=told, chunk_size=tokens_per_chunk(None, head)

@@ -127,6 +127,38 @@ def test_micro_batches_give_the_loss_gradient_and_statistics_of_the_whole_batch(
     assert parts.metrics.keys() == whole.metrics.keys()
 
 
+def test_the_rows_of_a_teacher_come_together_so_that_each_head_is_fetched_once() -> None:
+    """A head that lies on the disk would be read again in every micro-batch: rows alternate between two teachers here."""
+    student, given = Student(), scored()
+    rows = len(given.rollouts)
+    weights = torch.eye(2)[torch.arange(rows) % 2]
+    fetched: list[str] = []
+    entries = []
+    for teacher, entry in enumerate(given.evidence.teachers):
+        mine = given.rollouts.token_rows % 2 == teacher
+        head, name = entry.head, entry.teacher_id
+
+        def lent(head: Any = head, name: str = name) -> Head:
+            fetched.append(name)
+            return head
+
+        assert entry.hidden is not None
+        entries.append(
+            replace(entry, tokens=entry.tokens[mine], hidden=entry.hidden[mine], head=lent, sampled_logprobs=None)
+        )
+    routing = replace(given.routing, weights=weights)
+    said = Evidence(teachers=tuple(entries), num_tokens=given.rollouts.num_tokens)
+    given = replace(given, routing=routing, evidence=said)
+    whole = learner(student).loss(given)
+    expected, once = gradients(student), list(fetched)
+    fetched.clear()
+    parts = learner(student, micro_batch_size=-(-rows // 2)).loss(given)
+    assert sorted(fetched) == sorted(once)
+    torch.testing.assert_close(parts.loss, whole.loss, rtol=1e-5, atol=1e-7)
+    for got, want in zip(gradients(student), expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("size", [1, 4])
 def test_the_price_of_disagreement_is_compared_over_the_whole_batch_whatever_the_micro_batches(size: int) -> None:
     student, given = Student(), scored(untaught=(1,))
