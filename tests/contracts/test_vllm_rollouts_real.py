@@ -89,7 +89,7 @@ class _OwnReload:
     def __init__(self, engine: VLLMEngine, target: Path) -> None:
         self._engine, self._target = engine, target
 
-    def send(self, student: torch.nn.Module, *, version: int) -> None:
+    def send(self, student: torch.nn.Module, parts: object, *, version: int) -> None:
         student.save_pretrained(self._target)
         call = {"method": "reload_weights", "kwargs": {"weights_path": str(self._target)}}
         self._engine._weights._post("/collective_rpc", call)
