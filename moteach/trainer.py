@@ -149,7 +149,7 @@ class Trainer:
             return LossOutput(loss=torch.zeros(()), denominator=1.0, metrics={"skipped_step": 1.0})
         self.student.train()
         scored = self.scored(rollouts, routing, evidence, rewards)
-        count = min(self.settings.updates_per_step, self.ranks.least(len(rollouts)))
+        count = max(1, min(self.settings.updates_per_step, self.ranks.least(len(rollouts))))
         if count > 1 and getattr(self.learner.objective, "needs_proximal", False):
             scored = replace(scored, proximal_logprobs=self.learner.proximal_logprobs(rollouts))
         metrics: dict[str, float] = {}
