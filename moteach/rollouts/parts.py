@@ -1,6 +1,7 @@
 """The student's weights under the names that a checkpoint of the plain model has, one part after the other.
 
-A part is a decoder layer, or a tensor outside of them: however large the student, a rank holds one part at once.
+Where weights are put together for the transfer, a part is a decoder layer, or a tensor outside of them: however large the
+student, a rank holds one part at once. A student that lies here whole is one part, as nothing of it is copied.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ def weight_parts(student: nn.Module, *, keep: bool = True) -> Iterator[dict[str,
     tied = dict(student.named_parameters(remove_duplicate=False)).keys() - dict(student.named_parameters()).keys()
     layers = adapted_layers(student)
     names = [name for name in state if name not in tied and name.partition(".lora_")[0] not in layers]
-    for group in _grouped(names, units=_units(student)):
+    made = bool(layers) or is_cut(student)
+    for group in _grouped(names, units=_units(student)) if made else [names]:
         part = {}
         for name in group:
             owner, inside, end = name.partition(".base_layer.")
