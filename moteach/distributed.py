@@ -8,7 +8,7 @@ What looks at a whole batch (balance, metrics, samplers, traces) is given the wh
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from moteach.errors import ConfigError
+from moteach.errors import ConfigError, MoteachError
 
 T = TypeVar("T")
 
@@ -89,6 +89,31 @@ class Ranks:
         found: list[Any] = [value]
         dist.broadcast_object_list(found, src=0)
         return found[0]  # type: ignore[no-any-return]
+
+    def agreed(self, work: Callable[[], T]) -> T:
+        """Runs something on rank 0 while the others wait for it; every rank returns its value, or raises its error.
+
+        Args:
+            work: Called on rank 0 alone; what it returns is pickled.
+
+        Raises:
+            MoteachError: What it raised; of an error that is none, the other ranks get this in its place.
+        """
+        if self.size == 1:
+            return work()
+        outcome: tuple[Any, MoteachError | None] = (None, None)
+        if self.is_first:
+            try:
+                outcome = (work(), None)
+            except MoteachError as error:
+                outcome = (None, error)
+            except Exception as error:
+                self.first((None, MoteachError(f"rank 0 ended with {error!r}; its own output says where")))
+                raise
+        value, refusal = self.first(outcome)
+        if refusal is not None:
+            raise refusal
+        return value  # type: ignore[no-any-return]
 
     def sum(self, value: Tensor) -> Tensor:
         """Adds a tensor over the ranks; every rank gets the sum."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -100,9 +101,7 @@ class Trainer:
         self.engine.sync(self.student.model, version=start)
         for step in range(start, self.settings.max_steps):
             with self.watch("generate"):
-                prompts = self.ranks.share(self.sampler.next(step))
-                with whole(self.student):
-                    rollouts = self.engine.generate(prompts, step=step, group_size=self.settings.group_size)
+                rollouts = self.write(self.sampler.next(step), step=step, group_size=self.settings.group_size)
             with self.watch("record"):
                 rewards = self.grade(rollouts)
             with self.watch("route"):
@@ -120,6 +119,11 @@ class Trainer:
             self.record(step + 1, rollouts, routing, evidence, rewards, output)
             if self.checkpoint_due(step + 1):
                 self.save(step + 1)
+
+    def write(self, prompts: Sequence[Prompt], *, step: int, group_size: int = 1) -> RolloutBatch:
+        """Completes this rank's share of prompts; what writes elsewhere needs nothing of the student gathered here."""
+        with nullcontext() if getattr(self.engine, "served", False) else whole(self.student):
+            return self.engine.generate(self.ranks.share(prompts), step=step, group_size=group_size)
 
     def condition(
         self, rollouts: RolloutBatch, routing: Routing, rewards: Sequence[float]
@@ -145,7 +149,7 @@ class Trainer:
             return LossOutput(loss=torch.zeros(()), denominator=1.0, metrics={"skipped_step": 1.0})
         self.student.train()
         scored = self.scored(rollouts, routing, evidence, rewards)
-        count = min(self.settings.updates_per_step, self.ranks.least(len(rollouts)))
+        count = max(1, min(self.settings.updates_per_step, self.ranks.least(len(rollouts))))
         if count > 1 and getattr(self.learner.objective, "needs_proximal", False):
             scored = replace(scored, proximal_logprobs=self.learner.proximal_logprobs(rollouts))
         metrics: dict[str, float] = {}
@@ -243,8 +247,7 @@ class Trainer:
         Returns:
             Nats per token under `mean` and under each domain.
         """
-        with whole(self.student):
-            rollouts = self.engine.generate(self.ranks.share(prompts), step=self.settings.max_steps)
+        rollouts = self.write(prompts, step=self.settings.max_steps)
         routing, evidence = self.ask(rollouts)
         scored = self.with_references(self.unmixed(rollouts, routing, evidence))
         stats = self.learner.loss(scored, weigh=False).token_stats

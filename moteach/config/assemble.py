@@ -29,7 +29,7 @@ from moteach.config.checks import (
     check_teachers,
     drawn_prompts,
 )
-from moteach.config.connect import check_router_needs, connect_router
+from moteach.config.connect import check_router_needs, connect_engine, connect_router
 from moteach.config.identity import identity_of
 from moteach.config.parts import (
     build_balance,
@@ -127,7 +127,7 @@ def assemble(cfg: DictConfig, *, trackers: Sequence[Tracker] = (), ranks: Ranks 
         teachers=_teachers(cfg, experts, student, tokenizer),
         router=_router(cfg, experts),
         sampler=_sampler(cfg, prompts, experts),
-        engine=build_engine(cfg, student.model, tokenizer),
+        engine=connect_engine(build_engine(cfg, student.model, tokenizer), student, ranks),
         optimizer=torch.optim.AdamW(
             [parameter for parameter in student.parameters() if parameter.requires_grad],
             lr=cfg.optim.lr,
@@ -154,7 +154,7 @@ def assemble(cfg: DictConfig, *, trackers: Sequence[Tracker] = (), ranks: Ranks 
     connect_router(trainer)
     job = Job(cfg=cfg, run_dir=run_dir, trainer=trainer, prompts=prompts, experts=experts, tokenizer=tokenizer)
     _check(job)
-    trainer.engine = ahead_of(trainer.engine, trainer.sampler, max_steps=cfg.max_steps, ranks=ranks.size)
+    trainer.engine = ahead_of(trainer.engine, trainer.sampler, max_steps=cfg.max_steps, ranks=ranks)
     return job
 
 

@@ -123,14 +123,10 @@ def check_lora(trainer: Trainer) -> None:
     """
     if not trainer.student.adapted:
         return
-    parts = {
-        f"{trainer.ranks.size} ranks": trainer.ranks.size > 1,
-        "rollouts from a server": hasattr(trainer.engine, "local"),
-    }
-    if found := [name for name, here in parts.items() if here]:
+    if trainer.ranks.size > 1:
         raise UnsupportedCombinationError(
-            f"expected one process and rollout=hf with student.lora, got {' and '.join(found)}; the weights that are sent or "
-            "sharded would lack the update. Train all weights (student.lora.rank=null), or leave the other out"
+            f"expected one process with student.lora, got {trainer.ranks.size} ranks; the weights that are sharded would lack "
+            "the update. Train all weights (student.lora.rank=null), or start one process"
         )
 
 

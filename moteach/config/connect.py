@@ -1,4 +1,4 @@
-"""Wires a router to what it declares to need: the teachers' evidence, and prompts with a verifier."""
+"""Wires parts of a run to what they need of the others: a router to the teachers' evidence, an engine to the ranks."""
 
 from __future__ import annotations
 
@@ -6,12 +6,22 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+from moteach.distributed import Ranks
 from moteach.errors import ConfigError
+from moteach.rollouts.base import RolloutEngine
 from moteach.routing.base import AskingRouter, ReliabilityReader
+from moteach.students import Student
 from moteach.teachers.pool import TeacherPool
 from moteach.teachers.reuse import ReusingTeachers
 from moteach.trainer import Trainer
 from moteach.types import Prompt, ReliabilityTable
+
+
+def connect_engine(engine: RolloutEngine, student: Student, ranks: Ranks) -> RolloutEngine:
+    """Tells an engine that sends the student's weights who holds them together."""
+    if ranks.size > 1 and hasattr(engine, "join"):
+        engine.join(ranks, student)
+    return engine
 
 
 def connect_router(trainer: Trainer) -> None:

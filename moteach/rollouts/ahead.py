@@ -14,7 +14,7 @@ from concurrent.futures import Future
 from torch import nn
 
 from moteach.data.sampling import Sampler
-from moteach.errors import ConfigError
+from moteach.distributed import Ranks
 from moteach.rollouts.base import RolloutEngine
 from moteach.types import Prompt, Rollout, RolloutBatch
 
@@ -29,14 +29,26 @@ class Ahead:
     Nothing that was written ahead is in a checkpoint: after a resume the first step is written by the newest weights, so a
     resumed run is the same run but not bitwise.
 
+    Of several ranks each writes its own share ahead; the other thread only asks the server, ranks talk in `sync` and `lap`.
+
     Args:
         engine: Writes the completions; is called from another thread, never from two at once.
-        peek: Prompts that the step will probably ask for.
+        peek: Prompts that the step will probably ask for; of several ranks, this one's.
         last_step: The first step that does not exist.
+        ranks: The processes that train the student together.
     """
 
-    def __init__(self, *, engine: RolloutEngine, peek: Callable[[int], Sequence[Prompt]], last_step: int) -> None:
+    def __init__(
+        self,
+        *,
+        engine: RolloutEngine,
+        peek: Callable[[int], Sequence[Prompt]],
+        last_step: int,
+        ranks: Ranks | None = None,
+    ) -> None:
         self.engine = engine
+        self.served = bool(getattr(engine, "served", False))
+        self._ranks = Ranks() if ranks is None else ranks
         self._peek = peek
         self._last_step = last_step
         self._running: tuple[int, int, Future[RolloutBatch]] | None = None
@@ -79,8 +91,9 @@ class Ahead:
         self.engine.sync(student, version=version)
 
     def lap(self) -> dict[str, float]:
-        """What the engine says, and how many prompts of the step were not, or needlessly, written ahead."""
-        counts = {"rollouts/ahead_missed": float(self._missed), "rollouts/ahead_wasted": float(self._wasted)}
+        """What the engine says, and how many prompts of the step were not, or needlessly, written ahead, on all ranks."""
+        missed, wasted = zip(*self._ranks.gather((self._missed, self._wasted)), strict=True)
+        counts = {"rollouts/ahead_missed": float(sum(missed)), "rollouts/ahead_wasted": float(sum(wasted))}
         self._missed = self._wasted = 0
         return {**getattr(self.engine, "lap", dict)(), **counts}
 
@@ -140,17 +153,12 @@ def peek_at(sampler: Sampler) -> Callable[[int], Sequence[Prompt]]:
     return peek
 
 
-def ahead_of(engine: RolloutEngine, sampler: Sampler, *, max_steps: int, ranks: int) -> RolloutEngine:
-    """Wraps an engine that asks for it (`async_steps=1`); any other comes back as it is.
-
-    Raises:
-        ConfigError: Several ranks would each have to agree on what is written ahead.
-    """
+def ahead_of(engine: RolloutEngine, sampler: Sampler, *, max_steps: int, ranks: Ranks) -> RolloutEngine:
+    """Wraps an engine that asks for it (`async_steps=1`); any other comes back as it is."""
     if not getattr(engine, "async_steps", 0):
         return engine
-    if ranks > 1:
-        raise ConfigError(f"rollout.async_steps=1: expected one process, got {ranks} ranks; set rollout.async_steps=0")
-    return Ahead(engine=engine, peek=peek_at(sampler), last_step=max_steps)
+    peek = peek_at(sampler)
+    return Ahead(engine=engine, peek=lambda step: ranks.share(peek(step)), last_step=max_steps, ranks=ranks)
 
 
 def _groups(batch: RolloutBatch) -> dict[str, list[Rollout]]:

@@ -13,13 +13,14 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, Literal, TypeVar
 
-import torch
 from torch import nn
 
 from moteach.catalogue.urls import LOOPBACK, check_host
+from moteach.distributed import Ranks
 from moteach.errors import ConfigError, RolloutServerError, TeacherUnavailableError, UnsupportedCombinationError
 from moteach.rollouts.checks import check_lengths, check_setting, context_of, eos_ids_of
 from moteach.rollouts.hf import HFEngine
+from moteach.rollouts.parts import is_cut
 from moteach.rollouts.probe import WeightCheck
 from moteach.rollouts.sampling import keyed_seeds
 from moteach.rollouts.weights import FolderTransfer, NCCLTransfer, WeightSync
@@ -37,7 +38,7 @@ class VLLMEngine:
     That is vLLM's `--logprobs-mode processed_logprobs`; with its default, raw logprobs, anything but temperature 1 without
     truncation is refused. Each request has a seed of its own, keyed by (seed, step, prompt id, sample); the samples are not
     those of `HFEngine`, and rounding may differ with what else the server computes at the time, so that a resumed run is
-    the same run but not bitwise.
+    the same run but not bitwise. Several ranks, see `join`, ask one server, each for its own prompts.
 
     Args:
         url: Address of the server.
@@ -68,10 +69,14 @@ class VLLMEngine:
         ConfigError: A setting is out of range, or the address is not allowed.
     """
 
+    served: bool = True
+    """Completions are written elsewhere: nothing of the student has to be gathered here for them."""
     version: int = 0
     """Optimizer steps the student had taken when its weights were sent."""
     _check: WeightCheck | None = None
     _model: nn.Module | None = None
+    _ranks: Ranks = Ranks()
+    _root: nn.Module | None = None
     _eos_ids: tuple[int, ...] = ()
     _pad_id: int = 0
     _synced: bool = False
@@ -147,15 +152,7 @@ class VLLMEngine:
 
         Raises:
             ConfigError: Nothing names an end-of-sequence token.
-            UnsupportedCombinationError: The student is sharded over several ranks.
         """
-        here = torch.distributed.is_available() and torch.distributed.is_initialized()
-        ranks = torch.distributed.get_world_size() if here else 1
-        if ranks > 1:
-            raise UnsupportedCombinationError(
-                f"rollout=vllm: expected one process, got {ranks} ranks, each of which holds a part of the weights and would "
-                "send that alone; start one process, or choose rollout=hf"
-            )
         self._eos_ids = eos_ids_of(model, tokenizer)
         pad_id = getattr(tokenizer, "pad_token_id", None)
         self._pad_id = self._eos_ids[0] if pad_id is None else int(pad_id)
@@ -167,6 +164,17 @@ class VLLMEngine:
         self._model, self.version, self._synced = model, version, False
         return self
 
+    def join(self, ranks: Ranks, root: nn.Module) -> None:
+        """Takes the ranks that hold the student together: each asks for its own rows, the first one sends the weights.
+
+        From then on `sync`, `check` and `lap` must be called by all of them, and what goes wrong in a sync is raised on all.
+
+        Args:
+            ranks: The processes.
+            root: What gathers the student's shards, see `moteach.students.Student.forward`.
+        """
+        self._ranks, self._root = ranks, root
+
     def sync(self, student: nn.Module, *, version: int) -> None:
         """Sends the weights, compares the logprobs of a fixed text, and stamps this version on every rollout from now on.
 
@@ -174,12 +182,18 @@ class VLLMEngine:
             WeightSyncError: The server did not take the weights, or does not compute with them.
             RolloutServerError: It does not answer.
             ConfigError: It refuses.
+            UnsupportedCombinationError: It has no way to take weights of such a student.
         """
         assert self._check is not None, "bind() makes it"
+        if self._ranks.size == 1 and is_cut(student):
+            raise UnsupportedCombinationError(
+                "rollout=vllm: expected engine.join(ranks, root) before a student in shards, got none; each rank would send "
+                "the weights by itself"
+            )
         self._model, self.version, self._synced = student, version, False
         begin = time.monotonic()
         try:
-            self._weights(student, version=version)
+            self._weights(student, version=version, ranks=self._ranks)
         except TeacherUnavailableError as error:
             raise RolloutServerError(str(error)) from error
         ask = self._ask
@@ -187,6 +201,8 @@ class VLLMEngine:
             student,
             version=version,
             ask=lambda ids: ask({0: scoring_request(ids, model=self.served_name)})[0],
+            ranks=self._ranks,
+            root=self._root,
         )
         self._seen = {"rollouts/sync_seconds": time.monotonic() - begin, "rollouts/sync_difference": found}
         self._synced = True
@@ -247,9 +263,14 @@ class VLLMEngine:
         return RolloutBatch.from_rollouts(made, pad_id=self._pad_id)
 
     def lap(self) -> dict[str, float]:
-        """Counts of requests, retries, bytes and seconds since the last lap, and what the last sync took."""
-        counts = {f"rollout_http/{key}": value for key, value in self._client.lap().items()}
-        return {**counts, **self._seen}
+        """Counts of requests, retries, bytes since the last lap, and what the last sync took; of all ranks together.
+
+        Seconds are those of the slowest rank.
+        """
+        laps = self._ranks.gather(self._client.lap())
+        most = ("seconds", "breaker_open")
+        counts = {key: (max if key in most else sum)(lap[key] for lap in laps) for key in laps[0]}
+        return {**{f"rollout_http/{key}": float(value) for key, value in counts.items()}, **self._seen}
 
     def _ask(self, requests: Mapping[int, Request[T]]) -> dict[int, T]:
         try:

@@ -1,7 +1,8 @@
 """How the student's weights reach a vLLM server: as files in a folder that both see, or by vLLM's own transfer over NCCL.
 
 Requests that are running end first, none begins while weights change, and the cache of prefixes is emptied. When a transfer
-fails the server stays paused: it must not go on with half of the new weights.
+fails the server stays paused: it must not go on with half of the new weights. Of several ranks the first one speaks to the
+server; the others help to gather, and learn how it ended.
 """
 
 from __future__ import annotations
@@ -9,13 +10,17 @@ from __future__ import annotations
 import shutil
 import tempfile
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from torch import nn
+from safetensors import SafetensorError
+from torch import Tensor, nn
 
-from moteach.errors import ConfigError, MissingDependencyError, WeightSyncError
+from moteach.distributed import Ranks
+from moteach.errors import ConfigError, MissingDependencyError, UnsupportedCombinationError, WeightSyncError
+from moteach.rollouts.parts import adapted_layers, exhaust, is_cut, weight_parts
 from moteach.rollouts.wire import control_request, version_request, world_request
 from moteach.teachers.http import HttpClient, RefusedError
 
@@ -24,8 +29,13 @@ from moteach.teachers.http import HttpClient, RefusedError
 class Transfer(Protocol):
     """Puts weights into a paused server."""
 
-    def send(self, student: nn.Module, *, version: int) -> None:
-        """Sends every weight.
+    def send(self, student: nn.Module, parts: Iterator[Mapping[str, Tensor]], *, version: int) -> None:
+        """Sends every weight; called on the first rank alone.
+
+        Args:
+            student: Causal language model of transformers, in shards where there are several ranks.
+            parts: Its weights, whole, under the names the server knows; what is left unread is read by the caller.
+            version: Optimizer steps it has taken.
 
         Raises:
             WeightSyncError: The server did not take them.
@@ -47,18 +57,33 @@ class WeightSync:
         self._run = uuid.uuid4().hex[:8]
         self._stamp = ""
 
-    def __call__(self, student: nn.Module, *, version: int) -> None:
-        """Sends the weights.
+    def __call__(self, student: nn.Module, *, version: int, ranks: Ranks) -> None:
+        """Sends the weights; every rank must call it, and none comes back before the first one is done.
 
         Args:
             student: Causal language model of transformers.
             version: Optimizer steps it has taken.
+            ranks: The processes that hold it together.
 
         Raises:
             WeightSyncError: The server did not take them; it is left paused.
             TeacherUnavailableError: It does not answer.
             ConfigError: It has no such routes.
         """
+        # a rank whose completions are still being written would get the rest of them from other weights
+        ranks.wait()
+        parts = weight_parts(student, keep=ranks.is_first)
+        if not ranks.is_first:
+            exhaust(parts)
+        self._stamp = ranks.agreed(lambda: self._sent(student, parts, version))
+
+    def _sent(self, student: nn.Module, parts: Iterator[Mapping[str, Tensor]], version: int) -> str:
+        try:
+            return self._send(student, parts, version)
+        finally:
+            exhaust(parts)
+
+    def _send(self, student: nn.Module, parts: Iterator[Mapping[str, Tensor]], version: int) -> str:
         try:
             self._post("/pause?mode=wait")
         except RefusedError as error:
@@ -68,11 +93,12 @@ class WeightSync:
             ) from error
         # a server that is started anew in between forgets the first stamp, and would get the second with its old weights
         self._stamped(f"{self._run}-before-{version}")
-        self._transfer.send(student, version=version)
+        self._transfer.send(student, parts, version=version)
         self._post("/reset_prefix_cache")
         self.check()
         self._stamped(f"{self._run}-{version}")
         self._post("/resume")
+        return self._stamp
 
     def check(self) -> None:
         """Finds a server that lost the weights, because it was started anew or belongs to another run too.
@@ -108,19 +134,19 @@ class FolderTransfer:
 
     def __init__(self, *, client: HttpClient, folder: str | None) -> None:
         self._client = client
-        if folder is None:
-            memory = "/dev/shm" if Path("/dev/shm").is_dir() else None
-            self._own = tempfile.TemporaryDirectory(prefix="moteach-", dir=memory)
-            folder = self._own.name
-        self._folder = Path(folder).absolute()
+        self._given = folder
 
-    def send(self, student: nn.Module, *, version: int) -> None:
+    @cached_property
+    def _own(self) -> tempfile.TemporaryDirectory[str]:
+        memory = "/dev/shm" if Path("/dev/shm").is_dir() else None
+        return tempfile.TemporaryDirectory(prefix="moteach-", dir=memory)
+
+    def send(self, student: nn.Module, parts: Iterator[Mapping[str, Tensor]], *, version: int) -> None:
         """Sends every weight; see `Transfer.send`."""
-        target = self._folder / f"student-{version}-{uuid.uuid4().hex[:8]}"
-        model: Any = student
+        folder = Path(self._own.name if self._given is None else self._given).absolute()
+        target = folder / f"student-{version}-{uuid.uuid4().hex[:8]}"
         try:
-            target.mkdir(parents=True)
-            model.save_pretrained(target, safe_serialization=True)
+            self._write(student, parts, target)
             call = {"method": "moteach_load", "args": [str(target)]}
             answer = self._client.ask({0: control_request("/collective_rpc", call)})[0]
         finally:
@@ -132,6 +158,22 @@ class FolderTransfer:
                 f"{str(results)[:200]}; completions would be written with other weights. The server is left paused: look at "
                 "its log, and start it with --worker-extension-cls moteach.rollouts.vllm_worker.WeightLoader"
             )
+
+    def _write(self, student: nn.Module, parts: Iterator[Mapping[str, Tensor]], target: Path) -> None:
+        """One file a part; transformers writes it, which knows the names that a checkpoint of this model has."""
+        model: Any = student
+        try:
+            target.mkdir(parents=True)
+            for number, part in enumerate(parts):
+                aside = target / "part"
+                model.save_pretrained(aside, state_dict=dict(part), safe_serialization=True)
+                for file in sorted(aside.glob("*.safetensors")):
+                    file.rename(target / f"{number:05d}-{file.name}")
+        except (OSError, SafetensorError) as error:
+            raise WeightSyncError(
+                f"expected room for the student's weights in {target.parent}, got {error}; the server would go on with old "
+                "ones and is left paused. Free space, or name a folder that both see (rollout.folder)"
+            ) from error
 
 
 class NCCLTransfer:
@@ -156,8 +198,13 @@ class NCCLTransfer:
         self._timeout = timeout
         self._engine: Any = None
 
-    def send(self, student: nn.Module, *, version: int) -> None:
+    def send(self, student: nn.Module, parts: Iterator[Mapping[str, Tensor]], *, version: int) -> None:
         """Sends every weight; see `Transfer.send`."""
+        if is_cut(student) or adapted_layers(student):
+            raise UnsupportedCombinationError(
+                "rollout.transfer=nccl: expected all weights of the student in one process, got a student in shards or with "
+                "student.lora; vLLM's transfer would send its tensors as they are. Choose rollout.transfer=folder"
+            )
         if not all(parameter.is_cuda for parameter in student.parameters()):
             raise ConfigError(
                 "rollout.transfer=nccl: expected a student on a GPU, got one on the CPU, which NCCL cannot send from; choose "

@@ -49,16 +49,23 @@ def test_a_launcher_without_its_package_is_refused_before_the_first_run(launcher
     assert not started
 
 
-def test_the_example_of_two_nodes_is_valid_with_teachers_behind_servers(tmp_path: Path) -> None:
+SERVED = ["rollout=vllm", "rollout.url=http://student-0:8000", "rollout.allowed_hosts=[student-0]", "eval=none"]
+SERVED += ["rollout.folder=/shared/weights", "rollout.concurrency=16"]
+
+
+@pytest.mark.parametrize("more", [[], SERVED], ids=["in process", "served"])
+def test_the_example_of_two_nodes_is_valid_with_teachers_behind_servers(more: list[str], tmp_path: Path) -> None:
     for number, name in enumerate(("law", "latin")):
         card = f"url: http://teacher-{number}:8000\ndomains: [{name}]\n"
         (tmp_path / f"{name}.yaml").write_text(card, encoding="utf-8")
     prepare([tmp_path])
     try:
-        cfg = composed("experiment=two_nodes", "experts=[law,latin]", "student.model=org/base")
+        cfg = composed("experiment=two_nodes", "experts=[law,latin]", "student.model=org/base", *more)
     finally:
         prepare()
     validate(cfg)
+    text = (conf_dir() / "experiment" / "two_nodes.yaml").read_text(encoding="utf-8")
+    assert all(word in text for word in more)
     assert (cfg.support.name, cfg.support.k) == ("topk", 64)
     assert {expert.url.split(":")[1].strip("/") for expert in cfg.experts.values()} <= set(cfg.teachers.allowed_hosts)
 

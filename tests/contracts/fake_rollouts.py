@@ -16,7 +16,7 @@ from moteach.rollouts.sampling import truncate
 
 
 class FakeRollouts:
-    """Use it as a context manager. `loading` says what a request to load weights does: load, keep, half, fail."""
+    """Use it as a context manager. `loading` says what a request to load weights does: load, keep, half, fail, down."""
 
     def __init__(self, model: Any, *, name: str = "student", raw: bool = False, max_model_len: int = 64) -> None:
         self.model = copy.deepcopy(model)
@@ -27,6 +27,7 @@ class FakeRollouts:
         self.weight_version = "default"
         self.requests: list[tuple[str, dict[str, Any]]] = []
         self.folders: list[Path] = []
+        self.files: list[Path] = []
         self.spoil: Any = None
         self.release: threading.Event | None = None
         self.waiting = threading.Event()
@@ -69,6 +70,8 @@ class FakeRollouts:
             return 200, made if self.spoil is None or "seed" not in body else self.spoil(made)
         if not self.dev_mode:
             return 404, {"error": {"message": "Not Found"}}
+        if self.loading == "down":
+            return 500, {"error": {"message": "out of memory"}}
         return 200, self.control(path, body)
 
     def control(self, path: str, body: dict[str, Any]) -> Any:
@@ -87,7 +90,8 @@ class FakeRollouts:
 
     def load(self, folder: Path) -> Any:
         self.folders.append(folder)
-        tensors = load_file(folder / "model.safetensors")
+        self.files = sorted(folder.glob("*.safetensors"))
+        tensors = {name: value for file in self.files for name, value in load_file(file).items()}
         if self.loading == "fail":
             return None
         if self.loading == "half":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -112,6 +113,7 @@ def test_sync_sends_the_weights_and_stamps_the_version(server: FakeRollouts, stu
     assert served.lap()["rollouts/sync_difference"] < 1e-4
     assert server.folders
     assert not any(folder.exists() for folder in server.folders)
+    assert len(server.files) == 1, "nothing is put together first"
 
 
 @pytest.mark.parametrize("by", [0.05, 1e-4])
@@ -155,6 +157,16 @@ def test_a_failed_load_leaves_the_server_paused(server: FakeRollouts, student: A
     with pytest.raises(WeightSyncError, match=r"every worker .* got \[None\]; .* left paused"):
         engine(server, student).sync(student, version=0)
     assert server.paused
+
+
+def test_a_folder_that_cannot_be_written_ends_the_run_in_one_line(
+    server: FakeRollouts, student: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(WeightSyncError, match=r"expected room for the student's weights in .*; .* left paused"):
+        engine(server, student, folder=str(tmp_path / "file" / "below")).sync(student, version=0)
+    assert server.paused
+    assert not server.folders
 
 
 def test_a_server_that_was_started_anew_is_noticed(server: FakeRollouts, student: Any) -> None:

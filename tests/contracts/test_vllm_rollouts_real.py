@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +17,7 @@ from moteach.errors import UnsupportedCombinationError, WeightSyncError
 from moteach.rollouts.decoding import generation_mode
 from moteach.rollouts.sampling import truncate
 from moteach.rollouts.vllm import VLLMEngine
-from moteach.testing import tiny_prompts
+from moteach.testing import tiny_model, tiny_prompts, write_tiny_world
 
 pytestmark = [
     pytest.mark.vllm,
@@ -89,7 +92,7 @@ class _OwnReload:
     def __init__(self, engine: VLLMEngine, target: Path) -> None:
         self._engine, self._target = engine, target
 
-    def send(self, student: torch.nn.Module, *, version: int) -> None:
+    def send(self, student: torch.nn.Module, parts: object, *, version: int) -> None:
         student.save_pretrained(self._target)
         call = {"method": "reload_weights", "kwargs": {"weights_path": str(self._target)}}
         self._engine._weights._post("/collective_rpc", call)
@@ -103,3 +106,33 @@ def test_raw_logprobs_are_told_apart(folder: Path, tmp_path: Path) -> None:  # n
         cold = VLLMEngine(url=url, served_name="teacher", temperature=0.5).bind(student, tokenizer)
         with pytest.raises(UnsupportedCombinationError, match="--logprobs-mode processed_logprobs"):
             cold.check(prompts)
+
+
+def test_runs_of_two_ranks_and_of_a_low_rank_update(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    world = write_tiny_world(tmp_path / "world")
+    # heads of 16 are too small for vLLM
+    tiny_model(seed=3, scale=2.0).save_pretrained(world.student)
+    ranks = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    runs = {
+        "ranks": (ranks, []),
+        "ranks ahead": (ranks, ["rollout.async_steps=1"]),
+        "lora": ([], ["student.lora.rank=4"]),
+    }
+    with serving(world.student, tmp_path / "log", *PROCESSED, *WORKER, environ=DEVELOPMENT) as url:
+        words = [*world.overrides, "rollout=vllm", f"rollout.url={url}", "rollout.served_name=teacher", "eval=none"]
+        words += ["rollout.check_tolerance=1e-3", "optim.lr=0.01", "token_weights=[ratio_mask]"]
+        for name, (launcher, more) in runs.items():
+            run = tmp_path / name.replace(" ", "_")
+            command = [sys.executable, *launcher, "-m", "moteach", "train", *words, *more, f"run_dir={run}"]
+            environ = {**os.environ, "PYTHONPATH": os.fspath(ROOT), "OMP_NUM_THREADS": "1"}
+            done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False, timeout=600)
+            assert done.returncode == 0, done.stderr[-3000:]
+            lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+            assert len(lines) == 4
+            print(name, "probe", [line["rollouts/sync_difference"] for line in lines])
+            print(name, "log ratio", [line["rollouts/log_ratio_max"] for line in lines])
+            print(name, "sync s", [round(line["rollouts/sync_seconds"], 2) for line in lines])
+            stale = "rollout.async_steps=1" in more
+            assert [line["rollouts/staleness_max"] for line in lines] == [0.0, *([float(stale)] * 3)]
+            assert stale or all(line["rollouts/log_ratio_max"] < 1e-3 for line in lines)

@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from integration_runs import metrics, rows, train
+import torch
+from integration_runs import metrics, rows, student_tensors, train
+from safetensors.torch import load_file
 
 from moteach.catalogue.modeling import load_causal_lm
 from moteach.cli.main import main
@@ -84,6 +86,20 @@ def test_a_run_goes_on_from_its_checkpoint(world: TinyWorld, server: FakeRollout
     train(tmp_path / "run", *given)
     # the first step after the checkpoint is written by the newest weights
     assert versions(tmp_path / "run") == [{0}, {0}, {2}, {2}]
+
+
+def test_a_low_rank_update_reaches_the_server_merged(world: TinyWorld, server: FakeRollouts, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    run = train(tmp_path / "run", *served(world, server, "student.lora.rank=4", "optim.lr=0.01"))
+    written, first = student_tensors(run), load_file(world.student / "model.safetensors")
+    held = server.model.state_dict()
+    for name, value in written.items():
+        torch.testing.assert_close(held[name], value, rtol=0, atol=1e-6)
+    assert {name for name, value in first.items() if not torch.equal(value, written[name])} == {
+        name for name in first if "_proj" in name
+    }
+    assert versions(run) == [{0}, {1}, {2}, {3}]
+    assert all(line["rollouts/sync_difference"] < 1e-3 for line in metrics(run))
 
 
 def test_a_stale_server_ends_the_run_in_one_line(

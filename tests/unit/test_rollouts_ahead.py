@@ -8,7 +8,8 @@ import torch
 
 from moteach.data.base import PromptSet
 from moteach.data.sampling import FixedMixture
-from moteach.errors import ConfigError, RolloutServerError
+from moteach.distributed import Ranks
+from moteach.errors import RolloutServerError
 from moteach.rollouts.ahead import Ahead, ahead_of, peek_at
 from moteach.rollouts.base import RolloutEngine
 from moteach.rollouts.hf import HFEngine
@@ -125,8 +126,20 @@ def test_what_went_wrong_ahead_is_raised_where_the_step_is_asked_for(sampler: Fi
 
 def test_only_an_engine_that_asks_for_it_is_wrapped(sampler: FixedMixture) -> None:
     engine = Recorder()
-    assert ahead_of(engine, sampler, max_steps=3, ranks=1) is engine
+    assert ahead_of(engine, sampler, max_steps=3, ranks=Ranks()) is engine
     engine.async_steps = 1
-    assert isinstance(ahead_of(engine, sampler, max_steps=3, ranks=1), Ahead)
-    with pytest.raises(ConfigError, match="got 2 ranks"):
-        ahead_of(engine, sampler, max_steps=3, ranks=2)
+    assert isinstance(ahead_of(engine, sampler, max_steps=3, ranks=Ranks()), Ahead)
+
+
+def test_each_rank_writes_its_own_share_ahead(sampler: FixedMixture) -> None:
+    recorder = Recorder()
+    recorder.async_steps = 1
+    ranks = Ranks(rank=1, size=2)
+    engine = ahead_of(recorder, sampler, max_steps=2, ranks=ranks)
+    engine.generate(ranks.share(sampler.next(0)), step=0)
+    engine.sync(recorder.inner._model, version=1)
+    asked = ranks.share(sampler.next(1))
+    assert [r.prompt for r in engine.generate(asked, step=1).rollouts] == asked
+    written = [(step, ids) for step, ids, thread in recorder.calls if thread.startswith("moteach-ahead")]
+    assert written == [(1, [prompt.prompt_id for prompt in asked])]
+    assert len(asked) == 1
