@@ -6,7 +6,8 @@ student, a rank holds one part at once. A student that lies here whole is one pa
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,21 +28,62 @@ def weight_parts(student: nn.Module, *, keep: bool = True) -> Iterator[dict[str,
     """
     # where a shard is whole at the moment, asking for the state cuts it again
     state = student.state_dict()
-    tied = dict(student.named_parameters(remove_duplicate=False)).keys() - dict(student.named_parameters()).keys()
-    layers = adapted_layers(student)
-    names = [name for name in state if name not in tied and name.partition(".lora_")[0] not in layers]
-    made = bool(layers) or is_cut(student)
-    for group in _grouped(names, units=_units(student)) if made else [names]:
+    for group in _plan(student, state):
         part = {}
-        for name in group:
-            owner, inside, end = name.partition(".base_layer.")
-            layer = layers.get(owner) if inside else None
-            value = _whole(state[name], layer if end == "weight" else None)
+        for weight in group:
+            value = _whole(state[weight.held], weight.layer)
             if keep:
-                part[name if layer is None else f"{owner}.{end}"] = value.cpu()
+                part[weight.name] = value
             del value
         yield part
         part.clear()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WeightShape:
+    """What a weight will be, before it is put together."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+def weight_shapes(student: nn.Module) -> list[WeightShape]:
+    """Lists what `weight_parts` yields, in its order; gathers nothing."""
+    state = student.state_dict()
+    return [
+        WeightShape(name=weight.name, dtype=state[weight.held].dtype, shape=tuple(state[weight.held].shape))
+        for group in _plan(student, state)
+        for weight in group
+    ]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Weight:
+    name: str
+    """In a checkpoint of the plain model."""
+    held: str
+    """In this one."""
+    layer: Any
+    """Holds the low-rank update that is added."""
+
+
+def _plan(student: nn.Module, state: Mapping[str, Tensor]) -> list[list[_Weight]]:
+    tied = dict(student.named_parameters(remove_duplicate=False)).keys() - dict(student.named_parameters()).keys()
+    layers = adapted_layers(student)
+    held = [name for name in state if name not in tied and name.partition(".lora_")[0] not in layers]
+    made = bool(layers) or is_cut(student)
+    return [
+        [_weight(name, layers) for name in group]
+        for group in (_grouped(held, units=_units(student)) if made else [held])
+    ]
+
+
+def _weight(held: str, layers: Mapping[str, Any]) -> _Weight:
+    owner, inside, end = held.partition(".base_layer.")
+    if not inside or owner not in layers:
+        return _Weight(name=held, held=held, layer=None)
+    return _Weight(name=f"{owner}.{end}", held=held, layer=layers[owner] if end == "weight" else None)
 
 
 def adapted_layers(student: nn.Module) -> dict[str, Any]:

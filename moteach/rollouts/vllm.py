@@ -20,10 +20,11 @@ from moteach.distributed import Ranks
 from moteach.errors import ConfigError, RolloutServerError, TeacherUnavailableError, UnsupportedCombinationError
 from moteach.rollouts.checks import check_lengths, check_setting, context_of, eos_ids_of
 from moteach.rollouts.hf import HFEngine
+from moteach.rollouts.nccl import NCCLTransfer
 from moteach.rollouts.parts import is_cut
 from moteach.rollouts.probe import WeightCheck
 from moteach.rollouts.sampling import keyed_seeds
-from moteach.rollouts.weights import FolderTransfer, NCCLTransfer, WeightSync
+from moteach.rollouts.weights import FolderTransfer, WeightSync
 from moteach.rollouts.wire import Sampling, Written, models_request, sampling_request, scoring_request
 from moteach.teachers.http import HttpClient, Request
 from moteach.types import Prompt, Rollout, RolloutBatch

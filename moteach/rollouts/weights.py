@@ -1,4 +1,4 @@
-"""How the student's weights reach a vLLM server: as files in a folder that both see, or by vLLM's own transfer over NCCL.
+"""How the student's weights reach a vLLM server, here as files in a folder that both see; over NCCL: `moteach.rollouts.nccl`.
 
 Requests that are running end first, none begins while weights change, and the cache of prefixes is emptied. When a transfer
 fails the server stays paused: it must not go on with half of the new weights. Of several ranks the first one speaks to the
@@ -19,9 +19,9 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from moteach.distributed import Ranks
-from moteach.errors import ConfigError, MissingDependencyError, UnsupportedCombinationError, WeightSyncError
-from moteach.rollouts.parts import adapted_layers, exhaust, is_cut, weight_parts
-from moteach.rollouts.wire import control_request, version_request, world_request
+from moteach.errors import ConfigError, WeightSyncError
+from moteach.rollouts.parts import exhaust, weight_parts
+from moteach.rollouts.wire import control_request, version_request
 from moteach.teachers.http import HttpClient, RefusedError
 
 
@@ -166,7 +166,9 @@ class FolderTransfer:
             target.mkdir(parents=True)
             for number, part in enumerate(parts):
                 aside = target / "part"
-                model.save_pretrained(aside, state_dict=dict(part), safe_serialization=True)
+                model.save_pretrained(
+                    aside, state_dict={name: value.cpu() for name, value in part.items()}, safe_serialization=True
+                )
                 for file in sorted(aside.glob("*.safetensors")):
                     file.rename(target / f"{number:05d}-{file.name}")
         except (OSError, SafetensorError) as error:
@@ -174,67 +176,6 @@ class FolderTransfer:
                 f"expected room for the student's weights in {target.parent}, got {error}; the server would go on with old "
                 "ones and is left paused. Free space, or name a folder that both see (rollout.folder)"
             ) from error
-
-
-class NCCLTransfer:
-    """vLLM's own weight transfer from the GPU of the student to those of the server; vLLM is imported here too.
-
-    The server is started with `--weight-transfer-config '{"backend":"nccl"}'`. Written after vLLM 0.32; has not been run on
-    a GPU yet. When a broadcast fails the group cannot be used again: start server and run anew.
-
-    Args:
-        client: Asks the server.
-        url: Its address.
-        address: Address of this machine that the server's workers can reach.
-        port: A free port of it.
-        timeout: Seconds for one transfer.
-    """
-
-    def __init__(self, *, client: HttpClient, url: str, address: str, port: int, timeout: float) -> None:
-        self._client = client
-        self._url = url
-        self._address = address
-        self._port = port
-        self._timeout = timeout
-        self._engine: Any = None
-
-    def send(self, student: nn.Module, parts: Iterator[Mapping[str, Tensor]], *, version: int) -> None:
-        """Sends every weight; see `Transfer.send`."""
-        if is_cut(student) or adapted_layers(student):
-            raise UnsupportedCombinationError(
-                "rollout.transfer=nccl: expected all weights of the student in one process, got a student in shards or with "
-                "student.lora; vLLM's transfer would send its tensors as they are. Choose rollout.transfer=folder"
-            )
-        if not all(parameter.is_cuda for parameter in student.parameters()):
-            raise ConfigError(
-                "rollout.transfer=nccl: expected a student on a GPU, got one on the CPU, which NCCL cannot send from; choose "
-                "rollout.transfer=folder"
-            )
-        if self._engine is None:
-            self._engine = self._connect(student)
-        self._engine.send_weights()
-
-    def _connect(self, student: nn.Module) -> Any:
-        try:
-            from vllm.distributed.weight_transfer import (
-                HTTPVLLMWeightSyncClient,
-                ModuleSource,
-                WeightTransferTrainerFactory,
-            )
-            from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
-        except ImportError as missing:
-            raise MissingDependencyError(
-                f"expected the package vllm for rollout.transfer=nccl, got none ({missing}); install the server's vllm here "
-                "too, or choose rollout.transfer=folder"
-            ) from missing
-        said = self._client.ask({0: world_request()})[0]
-        return WeightTransferTrainerFactory.trainer_init(
-            NCCLTrainerInitInfo(
-                master_address=self._address, master_port=self._port, world_size=1 + int(said["world_size"]), rank=0
-            ),
-            client=HTTPVLLMWeightSyncClient(self._url, timeout=self._timeout),
-            source=ModuleSource(student),
-        )
 
 
 def _loaded(result: object) -> bool:

@@ -82,6 +82,8 @@ class FakeRollouts:
             self.weight_version = body["new_version"]
         elif path == "/weight_info":
             return {"weight_version": self.weight_version}
+        elif path.startswith("/get_world_size"):
+            return {"world_size": 2}
         elif path.startswith("/pause"):
             self.paused = True
         elif path == "/resume":

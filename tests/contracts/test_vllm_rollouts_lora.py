@@ -9,7 +9,6 @@ import pytest
 import torch
 from fake_rollouts import FakeRollouts
 
-from moteach.errors import UnsupportedCombinationError
 from moteach.rollouts.parts import weight_parts
 from moteach.rollouts.vllm import VLLMEngine
 from moteach.students import LoRA, Student
@@ -80,10 +79,3 @@ def test_the_server_holds_the_merged_model_after_a_sync(tmp_path: Any) -> None:
         assert torch.equal(held[name], value), name
     assert student.training
     assert not any(getattr(module, "merged", False) for module in student.modules())
-
-
-def test_vllms_own_transfer_is_refused_before_anything_is_sent() -> None:
-    with FakeRollouts(plain()) as fake:
-        with pytest.raises(UnsupportedCombinationError, match=r"rollout.transfer=folder"):
-            engine(fake.url, adapted(None).model, transfer="nccl").check(tiny_prompts(["1"]))
-        assert not fake.folders
