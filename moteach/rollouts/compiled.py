@@ -6,7 +6,7 @@ the batch and weights may change without compiling again. `check_compiled` compi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, no_type_check
 
 import torch
@@ -81,6 +81,10 @@ _compiled_read: Callable[..., Any] = torch.compile(_read, fullgraph=True)
 _compiled_write: Callable[..., Any] = torch.compile(_write, fullgraph=True)
 
 
+_WORTH_A_CALL = 0.1
+"""Short prompts are read by themselves where that saves this share of the tokens."""
+
+
 class CompiledForward:
     """The two forwards of `decode`, compiled, and the preallocated keys and values between them.
 
@@ -95,6 +99,7 @@ class CompiledForward:
         self._cache_name, self._options = forward_options(model)
         self._limit = limit
         self._mark = mark
+        self._seen = 0
         self._keys: list[Tensor] = []
         self._values: list[Tensor] = []
 
@@ -106,30 +111,55 @@ class CompiledForward:
     ) -> Float[Tensor, "batch vocab"]:
         """Returns the logits after the last token; `mask` must be given."""
         assert mask is not None
-        rows, width = ids.shape
+        rows = len(ids)
         if rows == 1:
             # a size of 1 is never a symbol: one row would be compiled for itself, and so would a prompt of one token
             ids, mask, positions = ids.repeat(2, 1), mask.repeat(2, 1), positions.repeat(2, 1)
+        self._seen = mask.shape[1]
         if self._keys:
-            written: Tensor = self._call(_compiled_write, ids, mask, positions, self._keys, self._values)
-            return written[:rows]
-        if width == 1:
-            ids, mask, positions = (nn.functional.pad(each, (1, 0)) for each in (ids, mask, positions))
-        logits, keys, values = self._call(_compiled_read, ids, mask, positions)
-        room = (0, 0, 0, self._limit)
-        self._keys = [nn.functional.pad(each[:, :, -width:], room) for each in keys]
-        self._values = [nn.functional.pad(each[:, :, -width:], room) for each in values]
-        read: Tensor = logits[:rows]
-        return read
+            logits: Tensor = self._call(_compiled_write, ids, mask, positions, self._keys, self._values)
+        else:
+            logits = self._read(ids, mask, positions)
+        return logits[:rows]
+
+    def _read(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+        """Reads prompts, short ones apart where that saves padding, into buffers with room for what will be written."""
+        rows, width = mask.shape
+        ends: list[tuple[Tensor, Tensor]] = []
+        for part, columns in _parts(mask):
+            inputs = [each[part, -columns:] for each in (ids, mask, positions)]
+            inputs = [nn.functional.pad(each, (1, 0)) for each in inputs] if columns == 1 else inputs
+            logits, *read = self._call(_compiled_read, inputs[0], inputs[1], inputs[2])
+            if not self._keys:
+                self._keys, self._values = (
+                    [each.new_empty(rows, each.shape[1], width + self._limit, each.shape[3]) for each in own]
+                    for own in read
+                )
+            for buffers, own in zip((self._keys, self._values), read, strict=True):
+                for buffer, each in zip(buffers, own, strict=True):
+                    buffer[part, :, width - columns : width] = each[:, :, -columns:]
+                    if columns < width:
+                        buffer[part, :, : width - columns] = 0  # masked, but not a number would come through a mask
+            ends.append((part, logits))
+        last = ends[0][1].new_empty(rows, ends[0][1].shape[1])
+        for part, logits in ends:
+            last[part] = logits
+        return last
 
     def take(self, rows: Int[Tensor, " row"]) -> None:
         """Makes these rows, repeats allowed, the batch of the cache."""
         rows = rows.repeat(2) if len(rows) == 1 else rows
-        self._keys = [each[rows] for each in self._keys]
-        self._values = [each[rows] for each in self._values]
+        self._keys = [self._taken(each, rows) for each in self._keys]
+        self._values = [self._taken(each, rows) for each in self._values]
+
+    def _taken(self, buffer: Tensor, rows: Tensor) -> Tensor:
+        kept = buffer[rows, :, : self._seen]
+        buffer = buffer.new_empty(len(rows), *buffer.shape[1:]) if len(rows) > len(buffer) else buffer[: len(rows)]
+        buffer[:, :, : self._seen] = kept
+        return buffer
 
     def _call(
-        self, forward: Callable[..., Any], ids: Tensor, mask: Tensor, positions: Tensor, *cache: list[Tensor]
+        self, forward: Callable[..., Any], ids: Tensor, mask: Tensor, positions: Tensor, *cache: Sequence[Tensor]
     ) -> Any:
         # other strides would be another graph
         ids, mask, positions = ids.contiguous(), mask.contiguous(), positions.contiguous()
@@ -139,6 +169,20 @@ class CompiledForward:
             for each in (tensor for tensors in cache for tensor in tensors):
                 torch._dynamo.mark_dynamic(each, [0, 2])
         return forward(self._model, self._cache_name, self._options, ids, mask, positions, *cache)
+
+
+def _parts(mask: Bool[Tensor, "row token"]) -> list[tuple[Int[Tensor, " part"], int]]:
+    """Rows that are read together and how many of their last columns: all of them, or short and long prompts by themselves."""
+    rows, width = mask.shape
+    lengths = mask.sum(dim=1)
+    counts = torch.bincount(lengths, minlength=width + 1)
+    # tokens of two batches whose shorter one is so wide; the last is one batch of all
+    cost = counts.cumsum(0) * torch.arange(width + 1, device=mask.device) + (rows - counts.cumsum(0)) * width
+    split = int(cost.argmin())
+    short = lengths <= split
+    if cost[split] > (1 - _WORTH_A_CALL) * rows * width or not 2 <= int(short.sum()) <= rows - 2:
+        return [(torch.arange(rows, device=mask.device), width)]
+    return [((~short).nonzero()[:, 0], width), (short.nonzero()[:, 0], split)]
 
 
 def check_compiled(model: nn.Module) -> None:

@@ -54,6 +54,18 @@ def test_preallocated_keys_and_values_give_the_completions_of_a_growing_cache(
         _agree(model, tokenizer, [prompts[i] for i in chosen], step=1, group_size=group_size)
 
 
+def test_short_prompts_are_read_apart_where_it_saves_padding():
+    def parts(*lengths):
+        width = max(lengths)
+        mask = torch.arange(width)[None, :] >= width - torch.tensor(lengths)[:, None]
+        return [(rows.tolist(), columns) for rows, columns in compiled._parts(mask)]
+
+    assert parts(9, 2, 8, 3, 3) == [([0, 2], 9), ([1, 3, 4], 3)]
+    assert parts(9, 9, 8, 8) == [([0, 1, 2, 3], 9)]
+    assert parts(9, 9, 9, 1) == [([0, 1, 2, 3], 9)]  # one row by itself would be another size
+    assert parts(4, 4) == [([0, 1], 4)]
+
+
 def test_what_is_compiled_is_never_given_one_row_or_one_token_to_read(uncompiled, monkeypatch, prompts, tokenizer):
     seen = []
     for name in ("_compiled_read", "_compiled_write"):
