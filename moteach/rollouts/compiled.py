@@ -19,6 +19,7 @@ from moteach.errors import ConfigError, UnsupportedCombinationError
 from moteach.rollouts.decoding import EagerForward, Forward, forward_options, generation_mode, sharded_modules
 
 
+# no_type_check, here and below: what is compiled must not be wrapped by the checks of shapes that tests put around functions
 @no_type_check
 class _Slots(CacheLayerMixin):  # type: ignore[misc]
     """One layer's keys and values in buffers that were made once; of a sliding layer too, the model masks what is too old."""
@@ -212,7 +213,7 @@ def check_compiled(model: nn.Module) -> None:
         reason = " ".join(str(error).split())[:300]
         raise ConfigError(
             f"rollout.compile=true: expected {name} to get through torch.compile with a C++ compiler of this machine, got "
-            f"{type(error).__name__}: {reason}. Install one (g++), or set rollout.compile=false"
+            f"{type(error).__name__}: {reason}. If none is there, install g++; else set rollout.compile=false"
         ) from error
     allowed = torch.finfo(eager.dtype).eps ** 0.5 * float(eager.abs().max())
     gap = float((compiled - eager).abs().max())
