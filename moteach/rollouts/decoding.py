@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Float64, Int
@@ -39,7 +39,8 @@ class SamplerSettings:
     """Finished rows leave the batch when they are at least this share of it."""
 
 
-def _sharded_modules(model: nn.Module) -> list[Any]:
+def sharded_modules(model: nn.Module) -> list[Any]:
+    """Lists the parts of a model whose weights FSDP shards over ranks."""
     if not torch.distributed.is_available():
         return []
     from torch.distributed.fsdp import FSDPModule
@@ -51,7 +52,7 @@ def _sharded_modules(model: nn.Module) -> list[Any]:
 def generation_mode(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without autograd, sharded weights gathered once; every module gets its own mode back."""
     training = [module for module in model.modules() if module.training]
-    sharded = _sharded_modules(model)
+    sharded = sharded_modules(model)
     model.eval()
     for module in sharded:
         module.set_reshard_after_forward(False, recurse=False)
@@ -76,20 +77,9 @@ def _left_pad(
     return torch.tensor(rows, device=device), torch.arange(width, device=device)[None, :] >= starts[:, None]
 
 
-class _Model:
+@runtime_checkable
+class Forward(Protocol):
     """The two forwards of a causal language model that generation needs, and the cache between them."""
-
-    def __init__(self, model: nn.Module) -> None:
-        from transformers import DynamicCache
-
-        self._model = model
-        self._cache: Any = DynamicCache(config=model.config)
-        parameters = inspect.signature(model.forward).parameters
-        # transformers 5.2x renames the argument and warns about the old one at every call
-        name = "cache" if "cache" in parameters else "past_key_values"
-        self._options: dict[str, Any] = {"use_cache": True, "return_dict": True, name: self._cache}
-        if "logits_to_keep" in parameters:
-            self._options["logits_to_keep"] = 1
 
     def __call__(
         self,
@@ -97,6 +87,42 @@ class _Model:
         mask: Bool[Tensor, "batch key"] | None,
         positions: Int[Tensor, "batch query"],
     ) -> Float[Tensor, "batch vocab"]:
+        """Reads prompts, or then a token a row, and returns the logits after the last one; no mask: nothing is padded."""
+        ...
+
+    def take(self, rows: Int[Tensor, " row"]) -> None:
+        """Makes these rows, repeats allowed, the batch of the cache."""
+        ...
+
+
+def forward_options(model: nn.Module) -> tuple[str, dict[str, Any]]:
+    """Names the argument of a model that takes the cache, and its other options."""
+    parameters = inspect.signature(model.forward).parameters
+    options: dict[str, Any] = {"use_cache": True, "return_dict": True}
+    if "logits_to_keep" in parameters:
+        options["logits_to_keep"] = 1
+    # transformers 5.2x renames the argument and warns about the old one at every call
+    return "cache" if "cache" in parameters else "past_key_values", options
+
+
+class EagerForward:
+    """`Forward` as transformers has it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        from transformers import DynamicCache
+
+        self._model = model
+        self._cache: Any = DynamicCache(config=model.config)
+        name, self._options = forward_options(model)
+        self._options[name] = self._cache
+
+    def __call__(
+        self,
+        ids: Int[Tensor, "batch query"],
+        mask: Bool[Tensor, "batch key"] | None,
+        positions: Int[Tensor, "batch query"],
+    ) -> Float[Tensor, "batch vocab"]:
+        """Returns the logits after the last token."""
         output = self._model(
             input_ids=ids,
             attention_mask=mask,
@@ -111,6 +137,14 @@ class _Model:
         self._cache.reorder_cache(rows)
 
 
+def _forward(model: nn.Module, *, limit: int, compiled: bool) -> Forward:
+    if not compiled:
+        return EagerForward(model)
+    from moteach.rollouts.compiled import CompiledForward
+
+    return CompiledForward(model, limit=limit)
+
+
 def decode(
     model: nn.Module,
     prompts: Sequence[Sequence[int]],
@@ -118,6 +152,7 @@ def decode(
     *,
     group_size: int,
     settings: SamplerSettings,
+    compiled: bool = False,
 ) -> Decoded:
     """Completes prompts, `group_size` times each; a prompt is read once for its whole group.
 
@@ -128,13 +163,14 @@ def decode(
             prompt-major.
         group_size: Completions per prompt.
         settings: How tokens are drawn.
+        compiled: Use the forwards of `moteach.rollouts.compiled`; `check_compiled` must have let the model pass.
     """
     device = next(model.parameters()).device
     ids, mask = _left_pad(prompts, pad_id=settings.pad_id, device=device)
     uniforms = uniforms.to(device)
     rows, limit = uniforms.shape
-    padded = not bool(mask.all())
-    forward = _Model(model)
+    padded = compiled or not bool(mask.all())
+    forward = _forward(model, limit=limit, compiled=compiled)
     logits = forward(ids, mask if padded else None, (mask.cumsum(dim=1) - 1).clamp_(min=0))
     positions = mask.sum(dim=1, keepdim=True)
     mask = torch.cat([mask, mask.new_ones(len(prompts), limit)], dim=1)

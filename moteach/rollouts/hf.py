@@ -29,6 +29,8 @@ class HFEngine:
         top_k: Sample from the k most probable tokens; 0 samples from all.
         batch_size: Most completions generated at once. A group is never split.
         compact_at: Finished rows leave the batch when they are at least this share of it.
+        compile: Compile the forwards with `torch.compile`: once, before the first completion. Samples are those of
+            the eager engine up to the rounding of logits.
 
     Raises:
         ConfigError: A setting is out of range.
@@ -44,6 +46,7 @@ class HFEngine:
         top_k: int = 0,
         batch_size: int = 256,
         compact_at: float = 0.25,
+        compile: bool = False,
     ) -> None:
         check_setting("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "a whole number of at least 1")
         check_setting("temperature", temperature, temperature >= 0, "a number of at least 0 (0 is greedy)")
@@ -58,10 +61,12 @@ class HFEngine:
         self.top_k = top_k
         self.batch_size = batch_size
         self.compact_at = compact_at
+        self.compile = compile
         self.version = 0
         self._model: nn.Module | None = None
         self._eos_ids: tuple[int, ...] = ()
         self._pad_id = 0
+        self._compiled_for: nn.Module | None = None
 
     def bind(self, model: nn.Module, tokenizer: Any, *, version: int = 0) -> HFEngine:
         """Takes the live student and the special tokens of its tokenizer.
@@ -93,12 +98,22 @@ class HFEngine:
 
         Raises:
             DataError: A prompt is empty, or too long for the context of the model.
-            ConfigError: No model is bound.
+            ConfigError: No model is bound, or it cannot be compiled.
+            UnsupportedCombinationError: Such a model cannot be generated from with compiled forwards.
         """
         if self._model is None:
             raise ConfigError("expected a bound engine, got one without a model; call engine.bind(model, tokenizer)")
         limit = self.max_new_tokens if max_new_tokens is None else max_new_tokens
         check_lengths(prompts, context=context_of(self._model), limit=limit)
+        self._compile(self._model)
+
+    def _compile(self, model: nn.Module) -> None:
+        if not self.compile or self._compiled_for is model:
+            return
+        from moteach.rollouts.compiled import check_compiled
+
+        check_compiled(model)
+        self._compiled_for = model
 
     def generate(
         self,
@@ -123,6 +138,7 @@ class HFEngine:
         check_setting("max_new_tokens", limit, limit >= 1, "a whole number of at least 1")
         check_setting("group_size", group_size, group_size >= 1, "a whole number of at least 1")
         check_lengths(prompts, context=context_of(self._model), limit=limit)
+        self._compile(self._model)
         settings = SamplerSettings(
             temperature=temperature,
             top_p=self.top_p,
@@ -163,6 +179,7 @@ class HFEngine:
             uniforms,
             group_size=group_size,
             settings=settings,
+            compiled=self.compile,
         )
         return self._rollouts(owners, samples, decoded)
 
