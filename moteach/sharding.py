@@ -1,7 +1,8 @@
 """The student in shards: FSDP2 over the ranks of a run, the same module and the same forward as on one process.
 
 Between steps every rank holds 1/size of each parameter, of its gradient and of the optimizer's state. Decoder layers are
-gathered one at a time in forward and backward, embedding and head with the root; generation in process gathers the whole
+gathered one at a time in forward and backward, embedding and head with the root. Of a low-rank update and the frozen weights
+under it both are sharded, in the same units, and the update alone has gradients. Generation in process gathers the whole
 student for as long as it lasts (vLLM rollouts do not). Not yet run on a GPU.
 """
 

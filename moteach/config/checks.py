@@ -123,14 +123,10 @@ def check_lora(trainer: Trainer) -> None:
     """
     if not trainer.student.adapted:
         return
-    parts = {
-        f"{trainer.ranks.size} ranks": trainer.ranks.size > 1,
-        "rollouts from a server": hasattr(trainer.engine, "local"),
-    }
-    if found := [name for name, here in parts.items() if here]:
+    if hasattr(trainer.engine, "local"):
         raise UnsupportedCombinationError(
-            f"expected one process and rollout=hf with student.lora, got {' and '.join(found)}; the weights that are sent or "
-            "sharded would lack the update. Train all weights (student.lora.rank=null), or leave the other out"
+            "expected rollout=hf with student.lora, got rollouts from a server; the weights that are sent would lack the "
+            "update. Train all weights (student.lora.rank=null), or sample in process"
         )
 
 
