@@ -46,6 +46,7 @@ def resume(trainer: Trainer, step: int) -> None:
     like = {
         "student": trained_tensors(trainer.student),
         "optimizer": {str(index): parameter for index, parameter in enumerate(optimized(trainer.optimizer))},
+        "teachers": following_tensors(trainer.teachers),
     }
     tensors, state = trainer.checkpoints.load(step, like=like)
     restore_tensors(trainer.student, tensors["student"])

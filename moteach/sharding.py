@@ -78,10 +78,15 @@ def sharded_modules(module: nn.Module) -> list[FSDPModule]:
 
 @contextmanager
 def whole(student: nn.Module) -> Iterator[None]:
-    """Gathers the root's own parameters (embedding, head) for the block; `generation_mode` gathers the layers."""
+    """Gathers the root's own parameters (embedding, head) for the block, as they are now.
+
+    Layers gather themselves, one at a time; `generation_mode` gathers all of them.
+    """
     if not isinstance(student, FSDPModule):
         yield
         return
+    # a pass without a gradient leaves them gathered, as they were then
+    student.reshard()
     student.unshard()
     try:
         yield

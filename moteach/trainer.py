@@ -131,7 +131,7 @@ class Trainer:
         def ask(known: RolloutBatch, given: Routing) -> Evidence:
             return self.failover.score(self.teachers, known, given, support="sampled")[0]
 
-        return self.conditioning(rollouts, routing, rewards, ask=ask)
+        return self.conditioning(rollouts, routing, rewards, ask=ask, ranks=self.ranks)
 
     def score(self, rollouts: RolloutBatch, routing: Routing) -> tuple[Evidence, Routing]:
         """Asks the teachers; the routing comes back without those that failed."""
@@ -145,7 +145,7 @@ class Trainer:
             return LossOutput(loss=torch.zeros(()), denominator=1.0, metrics={"skipped_step": 1.0})
         self.student.train()
         scored = self.scored(rollouts, routing, evidence, rewards)
-        count = min(self.settings.updates_per_step, self.ranks.least(len(rollouts)))
+        count = max(1, min(self.settings.updates_per_step, self.ranks.least(len(rollouts))))
         if count > 1 and getattr(self.learner.objective, "needs_proximal", False):
             scored = replace(scored, proximal_logprobs=self.learner.proximal_logprobs(rollouts))
         metrics: dict[str, float] = {}

@@ -53,7 +53,7 @@ from moteach.objectives.answers import Answers
 from moteach.rollouts.ahead import ahead_of
 from moteach.rollouts.base import RolloutEngine
 from moteach.settings import TrainerSettings
-from moteach.sharding import shard
+from moteach.sharding import shard, whole
 from moteach.students import Student
 from moteach.teachers.failover import Failover
 from moteach.teachers.following import bind_student
@@ -147,10 +147,10 @@ def assemble(cfg: DictConfig, *, trackers: Sequence[Tracker] = (), ranks: Ranks 
         conditioning=build_conditioning(objective, Answers(tokenizer)),
         lessons=build_lessons(objective, Answers(tokenizer)),
         teacher_gate=build_teacher_gate(cfg),
-        failover=Failover(policy=build_failure_policy(cfg)),
+        failover=Failover(policy=build_failure_policy(cfg), ranks=ranks),
         identity=identity_of(cfg, experts, prompts),
     )
-    bind_student(trainer.teachers, student.model)
+    bind_student(trainer.teachers, student.model, ranks=ranks, gathered=partial(whole, student))
     connect_router(trainer)
     job = Job(cfg=cfg, run_dir=run_dir, trainer=trainer, prompts=prompts, experts=experts, tokenizer=tokenizer)
     _check(job)

@@ -18,7 +18,6 @@ from moteach.routing.label import LabelRouter
 from moteach.routing.learner import Learner
 from moteach.students import Student
 from moteach.teachers.aligned import AlignedTeacher
-from moteach.teachers.following import following
 from moteach.teachers.hf import HFTeacher
 from moteach.teachers.lora import LoRATeacher
 from moteach.teachers.pool import TeacherPool
@@ -105,7 +104,6 @@ def check_ranks(trainer: Trainer) -> None:
         "a gate that learns": trainer.lessons is not None,
         f"teacher_gate={trainer.teacher_gate.name}": trainer.teacher_gate.name != "none",
         "a resolver that operates on gradients": trainer.learner.surgery is not None,
-        "a teacher that is the student": bool(list(following(trainer.teachers))),
     }
     if found := [name for name, here in parts.items() if here]:
         raise UnsupportedCombinationError(
