@@ -8,8 +8,9 @@ student for as long as it lasts (vLLM rollouts do not). Not yet run on a GPU.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +54,8 @@ def shard(student: Student, ranks: Ranks, *, compute_dtype: str | None = None) -
     if compute_dtype is not None:
         policy = MixedPrecisionPolicy(param_dtype=COMPUTE_DTYPES[compute_dtype], reduce_dtype=torch.float32)
     student.to(ranks.device_type)
-    for block in blocks(student):
+    layers = blocks(student)
+    for block in layers:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(student, mesh=mesh, mp_policy=policy)
     for module in sharded_modules(student):
@@ -62,7 +64,19 @@ def shard(student: Student, ranks: Ranks, *, compute_dtype: str | None = None) -
         module.set_force_sum_reduction_for_comms(True)
         # a rank may have no token that reaches some parameter; the others wait for its zeros
         module.set_reduce_scatter_unused_params(True)
+    _order_backward(student, layers)
     _make_root(student)
+
+
+def _order_backward(student: Student, layers: Sequence[nn.Module]) -> None:
+    """Says what each layer gathers ahead in backward: the one before it.
+
+    By itself FSDP2 takes what ran before it last, and that may be generation, of which a rank without prompts has none: its
+    backward would gather less than that of the others, which would wait forever.
+    """
+    # before the first layer comes the root, which is gathered already
+    for block, before in zip(layers, [student, *layers], strict=False):
+        cast(FSDPModule, block).set_modules_to_backward_prefetch([cast(FSDPModule, before)])
 
 
 def blocks(student: Student) -> list[nn.Module]:
