@@ -146,6 +146,10 @@ class Ranks:
             dist.destroy_process_group()
 
 
+ALONE = Ranks()
+"""A process on its own."""
+
+
 def like(value: Tensor, model: Tensor) -> Tensor:
     """Cuts a tensor that every rank has the way another one is cut; leaves it whole beside a whole one."""
     if not isinstance(model, DTensor):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from moteach.checkpoint import flatten_optimizer, optimized, restore_optimizer, restore_tensors, trained_tensors
 from moteach.teachers.following import following_tensors, load_following
@@ -30,7 +31,7 @@ def save(trainer: Trainer, step: int) -> None:
     tensors = {
         "student": trained_tensors(trainer.student),
         "optimizer": buffers,
-        "rng": {"torch": torch.get_rng_state()},
+        "rng": _noise(trainer),
     }
     if copies := following_tensors(trainer.teachers):
         tensors["teachers"] = copies
@@ -45,11 +46,13 @@ def resume(trainer: Trainer, step: int) -> None:
     like = {
         "student": trained_tensors(trainer.student),
         "optimizer": {str(index): parameter for index, parameter in enumerate(optimized(trainer.optimizer))},
+        "teachers": following_tensors(trainer.teachers),
     }
     tensors, state = trainer.checkpoints.load(step, like=like)
     restore_tensors(trainer.student, tensors["student"])
     restore_optimizer(trainer.optimizer, tensors.get("optimizer", {}), state["optimizer_groups"])
-    torch.set_rng_state(tensors["rng"]["torch"])
+    noise = tensors["rng"]
+    torch.set_rng_state(noise.get(_noise_of(trainer.ranks.rank), noise["torch"]))
     trainer.sampler.load_state_dict(state["sampler"])
     trainer.router.load_state_dict(state["router"])
     trainer.learner.balance.load_state_dict(state["balance"])
@@ -57,3 +60,12 @@ def resume(trainer: Trainer, step: int) -> None:
     load_following(trainer.teachers, tensors.get("teachers", {}))
     if trainer.lessons is not None:
         trainer.lessons.gate.load_state_dict(state["gate"], tensors.get("gate", {}))
+
+
+def _noise(trainer: Trainer) -> dict[str, Tensor]:
+    """States of the ranks' generators: dropout draws from them, as often as a rank has rows."""
+    return {_noise_of(rank): state for rank, state in enumerate(trainer.ranks.gather(torch.get_rng_state()))}
+
+
+def _noise_of(rank: int) -> str:
+    return f"torch.{rank}" if rank else "torch"

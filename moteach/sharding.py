@@ -1,14 +1,16 @@
 """The student in shards: FSDP2 over the ranks of a run, the same module and the same forward as on one process.
 
 Between steps every rank holds 1/size of each parameter, of its gradient and of the optimizer's state. Decoder layers are
-gathered one at a time in forward and backward, embedding and head with the root; generation in process gathers the whole
+gathered one at a time in forward and backward, embedding and head with the root. Of a low-rank update and the frozen weights
+under it both are sharded, in the same units, and the update alone has gradients. Generation in process gathers the whole
 student for as long as it lasts (vLLM rollouts do not). Not yet run on a GPU.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +54,8 @@ def shard(student: Student, ranks: Ranks, *, compute_dtype: str | None = None) -
     if compute_dtype is not None:
         policy = MixedPrecisionPolicy(param_dtype=COMPUTE_DTYPES[compute_dtype], reduce_dtype=torch.float32)
     student.to(ranks.device_type)
-    for block in blocks(student):
+    layers = blocks(student)
+    for block in layers:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(student, mesh=mesh, mp_policy=policy)
     for module in sharded_modules(student):
@@ -61,7 +64,19 @@ def shard(student: Student, ranks: Ranks, *, compute_dtype: str | None = None) -
         module.set_force_sum_reduction_for_comms(True)
         # a rank may have no token that reaches some parameter; the others wait for its zeros
         module.set_reduce_scatter_unused_params(True)
+    _order_backward(student, layers)
     _make_root(student)
+
+
+def _order_backward(student: Student, layers: Sequence[nn.Module]) -> None:
+    """Says what each layer gathers ahead in backward: the one before it.
+
+    By itself FSDP2 takes what ran before it last, and that may be generation, of which a rank without prompts has none: its
+    backward would gather less than that of the others, which would wait forever.
+    """
+    # before the first layer comes the root, which is gathered already
+    for block, before in zip(layers, [student, *layers], strict=False):
+        cast(FSDPModule, block).set_modules_to_backward_prefetch([cast(FSDPModule, before)])
 
 
 def blocks(student: Student) -> list[nn.Module]:
@@ -77,10 +92,15 @@ def sharded_modules(module: nn.Module) -> list[FSDPModule]:
 
 @contextmanager
 def whole(student: nn.Module) -> Iterator[None]:
-    """Gathers the root's own parameters (embedding, head) for the block; `generation_mode` gathers the layers."""
+    """Gathers the root's own parameters (embedding, head) for the block, as they are now.
+
+    Layers gather themselves, one at a time; `generation_mode` gathers all of them.
+    """
     if not isinstance(student, FSDPModule):
         yield
         return
+    # a pass without a gradient leaves them gathered, as they were then
+    student.reshard()
     student.unshard()
     try:
         yield

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -92,6 +93,7 @@ class Student(nn.Module):
         check_head(model, name=getattr(model.config, "_name_or_path", "") or "the student")
         # in a tuple, because a second path to the same parameters would name them twice
         self._adapted = () if lora is None else (lora.wrap(model),)
+        self._lora = lora
         self.model = model
         self.tokenizer = tokenizer
 
@@ -167,9 +169,21 @@ class Student(nn.Module):
         """
         model = self.model
         for adapted in self._adapted:
-            adapted.save_pretrained(Path(folder) / "adapter")
-            model = copy.deepcopy(adapted).merge_and_unload()
+            apart = copy.deepcopy(adapted) if weights is None else self._adapted_from(weights)
+            apart.save_pretrained(Path(folder) / "adapter")
+            model, weights = apart.merge_and_unload(), None
         model.save_pretrained(folder, safe_serialization=True, state_dict=None if weights is None else dict(weights))
         self.tokenizer.save_pretrained(folder)
         if self.model.generation_config is not None:
             self.model.generation_config.save_pretrained(folder)
+
+    def _adapted_from(self, weights: Mapping[str, Tensor]) -> Any:
+        """The peft model anew, of whole tensors: a model that is cut into shards can neither be copied nor merged."""
+        assert self._lora is not None, "only where a low-rank update is trained"
+        with torch.device("meta"):
+            bare = type(self.model)(self.model.config)
+            adapted = self._lora.wrap(bare)
+        # tied weights are not in the state
+        bare.load_state_dict(dict(weights), strict=False, assign=True)
+        bare.tie_weights()
+        return adapted

@@ -135,7 +135,7 @@ class Trainer:
         def ask(known: RolloutBatch, given: Routing) -> Evidence:
             return self.failover.score(self.teachers, known, given, support="sampled")[0]
 
-        return self.conditioning(rollouts, routing, rewards, ask=ask)
+        return self.conditioning(rollouts, routing, rewards, ask=ask, ranks=self.ranks)
 
     def score(self, rollouts: RolloutBatch, routing: Routing) -> tuple[Evidence, Routing]:
         """Asks the teachers; the routing comes back without those that failed."""

@@ -21,7 +21,6 @@ from moteach.config.checks import (
     check_first_step,
     check_labels,
     check_lengths,
-    check_lora,
     check_mix,
     check_ranks,
     check_references,
@@ -53,7 +52,7 @@ from moteach.objectives.answers import Answers
 from moteach.rollouts.ahead import ahead_of
 from moteach.rollouts.base import RolloutEngine
 from moteach.settings import TrainerSettings
-from moteach.sharding import shard
+from moteach.sharding import shard, whole
 from moteach.students import Student
 from moteach.teachers.failover import Failover
 from moteach.teachers.following import bind_student
@@ -147,10 +146,10 @@ def assemble(cfg: DictConfig, *, trackers: Sequence[Tracker] = (), ranks: Ranks 
         conditioning=build_conditioning(objective, Answers(tokenizer)),
         lessons=build_lessons(objective, Answers(tokenizer)),
         teacher_gate=build_teacher_gate(cfg),
-        failover=Failover(policy=build_failure_policy(cfg)),
+        failover=Failover(policy=build_failure_policy(cfg), ranks=ranks),
         identity=identity_of(cfg, experts, prompts),
     )
-    bind_student(trainer.teachers, student.model)
+    bind_student(trainer.teachers, student.model, ranks=ranks, gathered=partial(whole, student))
     connect_router(trainer)
     job = Job(cfg=cfg, run_dir=run_dir, trainer=trainer, prompts=prompts, experts=experts, tokenizer=tokenizer)
     _check(job)
@@ -202,7 +201,6 @@ def _check(job: Job) -> None:
     check_lengths(trainer.engine, drawn, held_out, held_out_limit=cfg.eval.max_new_tokens)
     check_first_step(trainer.sampler)
     check_ranks(trainer)
-    check_lora(trainer)
     check_references(trainer.learner.objective.needs, job.experts, trainer.teachers)
     check_contexts(job.experts, trainer.teachers, drawn)
     check_teachers(job.experts, trainer.student, trainer.teachers, support=cfg.support.name, k=cfg.support.k)

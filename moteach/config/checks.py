@@ -18,7 +18,6 @@ from moteach.routing.label import LabelRouter
 from moteach.routing.learner import Learner
 from moteach.students import Student
 from moteach.teachers.aligned import AlignedTeacher
-from moteach.teachers.following import following
 from moteach.teachers.hf import HFTeacher
 from moteach.teachers.lora import LoRATeacher
 from moteach.teachers.pool import TeacherPool
@@ -105,28 +104,12 @@ def check_ranks(trainer: Trainer) -> None:
         "a gate that learns": trainer.lessons is not None,
         f"teacher_gate={trainer.teacher_gate.name}": trainer.teacher_gate.name != "none",
         "a resolver that operates on gradients": trainer.learner.surgery is not None,
-        "a teacher that is the student": bool(list(following(trainer.teachers))),
     }
     if found := [name for name, here in parts.items() if here]:
         raise UnsupportedCombinationError(
             f"expected one process for {' and '.join(found)}, got {trainer.ranks.size} ranks; each rank would learn from its "
             "own share only and the student's shards would be updated differently. Start one process, or fit the router "
             "before (moteach route fit)"
-        )
-
-
-def check_lora(trainer: Trainer) -> None:
-    """Refuses what would not see a low-rank update of the student.
-
-    Raises:
-        UnsupportedCombinationError: Naming the part.
-    """
-    if not trainer.student.adapted:
-        return
-    if trainer.ranks.size > 1:
-        raise UnsupportedCombinationError(
-            f"expected one process with student.lora, got {trainer.ranks.size} ranks; the weights that are sharded would lack "
-            "the update. Train all weights (student.lora.rank=null), or start one process"
         )
 
 

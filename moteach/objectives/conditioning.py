@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from moteach.conflict.posterior import Conditioned
+from moteach.distributed import ALONE, Ranks
 from moteach.types import Evidence, Prompt, Rollout, RolloutBatch, Routing
 
 FULL_REWARD = 1.0
@@ -31,7 +32,7 @@ class Conditioning:
     """Writes the prompts' own answers as completions."""
 
     def __call__(
-        self, rollouts: RolloutBatch, routing: Routing, rewards: Sequence[float], *, ask: Ask
+        self, rollouts: RolloutBatch, routing: Routing, rewards: Sequence[float], *, ask: Ask, ranks: Ranks = ALONE
     ) -> tuple[Routing, dict[str, float]]:
         """Reweights the rows of a step.
 
@@ -40,6 +41,7 @@ class Conditioning:
             routing: Who would teach it.
             rewards: A verified score a row, NaN without a verifier.
             ask: How teachers are asked.
+            ranks: The processes with a share of the step; where one asks, all do.
 
         Returns:
             The routing, and `posterior/known` (share of rows with a right answer), `posterior/ignorant` (share of rows that
@@ -47,12 +49,12 @@ class Conditioning:
             the routing itself and nothing where no row has two teachers.
         """
         weights = routing.weights
-        if not bool(((weights > 0).sum(dim=1) > 1).any()):
+        if not ranks.any(bool(((weights > 0).sum(dim=1) > 1).any())):
             # one teacher a row is nothing to choose from, and asking it would cost a forward
             return routing, {}
         share = 0.0
         known = self._right(rollouts, rewards)
-        if known is not None:
+        if ranks.any(len(known) > 0):
             totals, lengths = self._scored(known, rollouts, routing, ask)
             weights = self.resolver.condition(weights, totals, lengths)
             share = float((lengths > 0).double().mean())
@@ -73,14 +75,14 @@ class Conditioning:
         )
         return conditioned, metrics
 
-    def _right(self, rollouts: RolloutBatch, rewards: Sequence[float]) -> RolloutBatch | None:
+    def _right(self, rollouts: RolloutBatch, rewards: Sequence[float]) -> RolloutBatch:
         """One right completion of each prompt that has one."""
         gold = self.answers([rollout.prompt for rollout in rollouts.rollouts])
         found: dict[str, Rollout] = {} if gold is None else {row.prompt.prompt_id: row for row in gold.rollouts}
         for rollout, reward in zip(rollouts.rollouts, rewards, strict=True):
             if reward >= FULL_REWARD:
                 found.setdefault(rollout.prompt.prompt_id, rollout)
-        return RolloutBatch.from_rollouts(list(found.values()), pad_id=0) if found else None
+        return RolloutBatch.from_rollouts(list(found.values()), pad_id=0)
 
     def _scored(
         self, known: RolloutBatch, rollouts: RolloutBatch, routing: Routing, ask: Ask
@@ -102,6 +104,8 @@ class Conditioning:
                 abstained=wanted.sum(dim=1) == 0,
             ),
         )
+        if not len(known):
+            return torch.full_like(routing.weights, -math.inf), torch.zeros(len(has), dtype=torch.long)
         lengths = known.loss_mask.sum(dim=1)
         sums = torch.full(wanted.shape, -math.inf, dtype=torch.float64)
         for entry in evidence.teachers:

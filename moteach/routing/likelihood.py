@@ -119,7 +119,7 @@ class LikelihoodRouter:
             asked = routing_of(self._experts, prompts, importance.expand(len(prompts), -1))
         else:
             asked = self._first.route(prompts, rollouts)
-        said = self._ask(rollouts, asked) if len(prompts) else Evidence(teachers=(), num_tokens=0)
+        said = self._ask(rollouts, asked)
         names = asked.teacher_ids
         table = completion_logprobs(said, rollouts, names, per_token=self.length_normalise) / self.temperature
         silent = table.isnan() | (asked.weights == 0)

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from moteach.distributed import Ranks
 from moteach.divergences.plan import full_evidence
 from moteach.divergences.projection import project
 from moteach.errors import ConfigError, DeadTeacherError, TeacherUnavailableError, nearest
@@ -96,6 +97,8 @@ class Failover:
     """
 
     policy: FailurePolicy = field(default_factory=FailurePolicy)
+    ranks: Ranks = field(default_factory=Ranks)
+    """The processes that ask: they go through the same rounds, because some teachers answer all of them together."""
     lost: dict[str, int] = field(default_factory=dict)
     """Rows that each teacher failed to grade since the last `metrics`."""
 
@@ -127,7 +130,7 @@ class Failover:
         said: dict[str, TeacherEvidence] = {}
         failed: list[str] = []
         current, new = routing, routing.weights > 0
-        while bool(new.any()):
+        while self.ranks.any(bool(new.any())):
             asked = replace(current, weights=new.to(routing.weights.dtype))
             lost = []
             for name, answer in pool.each(rollouts, asked, support=support, k=k):

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 
 from torch import Tensor, nn
 
-from moteach.teachers.own import FollowsStudent
+from moteach.distributed import ALONE, Ranks
+from moteach.teachers.own import FollowsStudent, Gathered
 from moteach.teachers.pool import TeacherPool
 from moteach.teachers.privileged import PrivilegedTeacher
 from moteach.teachers.reuse import ReusingTeachers
 
 
-def bind_student(teachers: TeacherPool | ReusingTeachers, model: nn.Module) -> None:
-    """Hands the student to those that follow it."""
+def bind_student(
+    teachers: TeacherPool | ReusingTeachers,
+    model: nn.Module,
+    *,
+    ranks: Ranks = ALONE,
+    gathered: Gathered = nullcontext,
+) -> None:
+    """Hands the student to those that follow it, see `FollowsStudent.bind_student`."""
     for _, teacher in following(teachers):
-        teacher.bind_student(model)
+        teacher.bind_student(model, ranks=ranks, gathered=gathered)
 
 
 def follow(teachers: TeacherPool | ReusingTeachers, *, version: int) -> None:

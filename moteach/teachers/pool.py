@@ -164,7 +164,8 @@ class TeacherPool:
         for teacher_id in routing.teacher_ids:
             rows = routing.rows_of(teacher_id)
             tokens = torch.isin(token_rows, rows).nonzero(as_tuple=True)[0]
-            if len(tokens):
+            # ranks that share a teacher's forwards all run them, with rows of their own or without
+            if len(tokens) or getattr(self._teachers.get(teacher_id), "together", False):
                 asked.append((self.get(teacher_id), rows, tokens))
         ready = score_mixed([(teacher, rows) for teacher, rows, _ in asked], rollouts, support=support, k=k)
         for place, (teacher, rows, tokens) in enumerate(asked):
@@ -177,7 +178,8 @@ class TeacherPool:
                 answer = self._ask(teacher, part, tokens, support, k, ready.pop(teacher.teacher_id, None))
             except (DeadTeacherError, TeacherUnavailableError) as error:
                 answer = error
-            yield teacher.teacher_id, answer
+            if len(tokens):
+                yield teacher.teacher_id, answer
 
     def score_references(
         self, rollouts: RolloutBatch, routing: Routing, *, support: Support, k: int | None = None

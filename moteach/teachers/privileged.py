@@ -51,6 +51,11 @@ class PrivilegedTeacher:
         """What the inner teacher can say."""
         return self.inner.supports
 
+    @property
+    def together(self) -> bool:
+        """Whether every rank has to ask whenever one does."""
+        return bool(getattr(self.inner, "together", False))
+
     def score(self, rollouts: RolloutBatch, *, support: Support, k: int | None = None) -> TeacherEvidence:
         """Scores every trained token of these rows, see `moteach.teachers.base.Teacher.score`.
 

@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 import torch
 from jaxtyping import Float
+from safetensors.torch import load_file
 from torch import Tensor
 
 from moteach.divergences.projection import project
 from moteach.errors import ConfigError
-from moteach.students import Student
+from moteach.sharding import full_tensors
+from moteach.students import LoRA, Student
 from moteach.testing import CHAT_TEMPLATE, tiny_model, tiny_tokenizer
 from moteach.types import Head, LossOutput, Prompt, Rollout, RolloutBatch
 
@@ -136,3 +138,21 @@ def test_gradient_checkpointing_recomputes_and_changes_no_gradient(tmp_path: Pat
 def test_a_student_whose_logits_cannot_be_rebuilt_is_refused() -> None:
     with pytest.raises(ConfigError, match="linear output layer"):
         Student(tiny_model().model, tiny_tokenizer())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_student_of_gathered_tensors_is_written_as_one_that_is_whole(tied: bool, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    student = Student(tiny_model(scale=2.0, tied=tied), tiny_tokenizer(), lora=LoRA(rank=3))
+    with torch.no_grad():
+        for name, parameter in student.named_parameters():
+            if "lora_" in name:
+                parameter.normal_()
+    gathered = full_tensors(student.model)
+    student.save_pretrained(tmp_path / "whole")
+    student.save_pretrained(tmp_path / "gathered", weights=gathered)
+    assert any("lora_" in name for name in student.state_dict()), "the student itself stays as it is"
+    for file in ("model.safetensors", "adapter/adapter_model.safetensors"):
+        one, two = (load_file(tmp_path / name / file) for name in ("whole", "gathered"))
+        assert one.keys() == two.keys()
+        assert all(torch.equal(one[name], two[name]) for name in one)
