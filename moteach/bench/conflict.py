@@ -98,7 +98,6 @@ def run(argv: Sequence[str]) -> None:
         folder=Path(words["cache"]) if "cache" in words else cache_dir() / "bench" / "conflict",
         workers=whole_number(words, "workers", default=1, least=1),
     )
-    # a file or a pipe has no width of its own
     console = wide_console()
     summary: dict[str, Any] = {}
     if "best" in words:

@@ -59,7 +59,6 @@ def run(argv: Sequence[str]) -> None:
     seeds = numbers("seeds", words.get("seeds"), (0, 1, 2))
     workers = whole_number(words, "workers", default=1, least=1)
     folder = Path(words["cache"]) if "cache" in words else cache_dir() / "bench" / "routing-students"
-    # a file or a pipe has no width of its own, and the table has ten columns
     console = wide_console()
     rows: list[dict[str, Any]] = []
     summary: dict[str, Any] = {}
